@@ -14,12 +14,10 @@ from typing import Any, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
+from lit_rlhf.errors import UserError as UserError  # noqa: PLC0414 - part of this module's public names
+
 Message = dict[str, str]
 Prompt = str | list[Message]
-
-
-class UserError(ValueError):
-    """A mistake the user can mend; the command line prints it without a traceback and exits with status 2."""
 
 
 class Movable:

@@ -1,0 +1,42 @@
+"""What a run is about to do, printed once before it does it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class StartBanner(Callback):
+    """Prints parameters, batch arithmetic, the rows kept and dropped, and the first example with its mask."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print on rank 0."""
+        lines = [*parameters(pl_module), batches(trainer), *trainer.datamodule.report()]  # type: ignore[attr-defined]
+        rank_zero_only(print)("\n".join(lines), flush=True)
+
+
+def parameters(module: LightningModule) -> list[str]:
+    """Return one line per backbone: parameters, trainable share, dtype, and the path that the head takes."""
+    lines = []
+    for name, backbone in module.named_children():
+        sizes = [(p.numel(), p.requires_grad, p.dtype) for p in backbone.parameters()]
+        total, trained = sum(n for n, _, _ in sizes), sum(n for n, grad, _ in sizes if grad)
+        if not total:
+            continue
+        dtypes = "/".join(sorted({str(dtype).removeprefix("torch.") for _, _, dtype in sizes}))
+        head = getattr(backbone, "head_path", None)
+        note = f", output head {head}" if head else ""
+        lines.append(f"{name}: {total:,} parameters, {trained:,} trained ({trained / total:.1%}), {dtypes}{note}")
+    return lines
+
+
+def batches(trainer: Trainer) -> str:
+    """Return the arithmetic of one optimizer step."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    size, world, accumulate = data.hparams.batch_size, trainer.world_size, trainer.accumulate_grad_batches
+    return (
+        f"batch: {size} a process x {world} processes x {accumulate} accumulated = {size * world * accumulate} "
+        f"a step, {int(trainer.estimated_stepping_batches)} steps"
+    )

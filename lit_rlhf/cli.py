@@ -1,0 +1,124 @@
+"""The command line: Lightning's own commands on our modules and data, and small commands of our own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import callbacks  # noqa: F401 - so that configs can name what is in it
+from lit_rlhf import __version__, commands
+from lit_rlhf.banner import StartBanner
+from lit_rlhf.data.base import DataModule
+from lit_rlhf.errors import UserError
+from lit_rlhf.modules.base import BaseModule
+
+OWN: dict[str, Callable[..., Any]] = {
+    "sample": commands.sample,
+    "predict": commands.predict,
+    "label": commands.label,
+    "export": commands.export,
+}
+
+
+class CLI(LightningCLI):
+    """LightningCLI that links model and data, continues run folders, and turns the user's mistakes into one message."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Keep Lightning's commands; `predict` is ours."""
+        return {name: keys for name, keys in LightningCLI.subcommands().items() if name != "predict"}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Let the data be tokenised for the model, and one seed rule both."""
+        parser.link_arguments("model.init_args.model_name_or_path", "data.init_args.tokenizer")
+        parser.link_arguments("model.init_args.trust_remote_code", "data.init_args.trust_remote_code")
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the config alone: what a checkpoint was trained with stands in its run folder's config.yaml."""
+
+    def before_instantiate_classes(self) -> None:
+        """Find the checkpoint to continue, and continue in its run folder."""
+        config = self.config[self.subcommand]
+        if config.get("ckpt_path"):
+            config.ckpt_path = str(find_checkpoint(config.ckpt_path, config.trainer.get("logger")))
+            continue_folder(Path(config.ckpt_path), config.trainer.get("logger"))
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and trainer; what they refuse is the user's mistake."""
+        with mistakes():
+            super().instantiate_classes()
+
+
+@contextmanager
+def mistakes() -> Iterator[None]:
+    """Turn the refusals of constructors and of the Trainer into one message."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, MisconfigurationException, ImportError) as error:
+        raise UserError(str(error)) from error
+
+
+def find_checkpoint(name: str, logger: Any) -> Path:
+    """Return the checkpoint to load; "last" is the last one of the newest run folder of this name."""
+    if name != "last":
+        path = Path(name)
+        if not path.exists():
+            raise UserError(f"--ckpt_path: no checkpoint at {name!r}")
+        return path
+    if not logger or isinstance(logger, bool):
+        raise UserError("--ckpt_path last: the config names no logger, so there is no run folder to look in")
+    runs = Path(logger.init_args.save_dir) / logger.init_args.name
+    found = sorted(runs.glob("version_*/checkpoints/last.ckpt"), key=lambda p: int(p.parts[-3].split("_")[1]))
+    if not found:
+        raise UserError(f"--ckpt_path last: no checkpoints/last.ckpt in any run folder under {str(runs)!r}")
+    return found[-1]
+
+
+def continue_folder(checkpoint: Path, logger: Any) -> None:
+    """Log into the folder that the checkpoint lies in, if it is a run folder of this logger."""
+    if not logger or isinstance(logger, bool) or "init_args" not in logger:
+        return
+    folder = checkpoint.resolve().parent.parent
+    runs = (Path(logger.init_args.save_dir) / logger.init_args.name).resolve()
+    if folder.parent == runs and folder.name.startswith("version_"):
+        logger.init_args.version = folder.name
+
+
+def main(argv: list[str]) -> None:
+    """Run one command of the command line.
+
+    Raises:
+        UserError: for what the user can mend.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if argv[0] in OWN:
+        from jsonargparse import auto_cli
+
+        auto_cli(OWN[argv[0]], args=argv[1:], as_positional=True, prog=f"train.py {argv[0]}")
+        return
+    CLI(
+        BaseModule,
+        DataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        load_from_checkpoint_support=False,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={
+            "use_distributed_sampler": False,  # the data modules plan their own steps
+            "num_sanity_val_steps": 0,
+            "enable_model_summary": False,  # the banner says it
+            "callbacks": [StartBanner()],
+        },
+        parser_kwargs={"version": __version__},
+        args=argv,
+    )

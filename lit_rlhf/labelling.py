@@ -1,0 +1,41 @@
+"""Labels for pairs: which response a gold reward prefers, with a stated share of wrong labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.types import Scorer
+
+
+def label_pairs(rows: Sequence[dict[str, Any]], gold: Scorer, noise: float, seed: int) -> list[dict[str, Any]]:
+    """Return the pairs with `chosen` the one that `gold` scores higher, except in a share `noise` of them.
+
+    Exactly round(noise x pairs) labels are flipped, drawn once from a generator of their own; every row keeps
+    `flipped` and both gold scores. Pairs with equal scores carry no preference and are left out.
+
+    Raises:
+        UserError: noise outside [0, 0.5].
+    """
+    if not 0 <= noise <= 0.5:
+        raise UserError(f"noise must be in [0, 0.5], the share of wrong labels; got {noise}")
+    prompts = [row["prompt"] for row in rows]
+    categories = [row.get("category") for row in rows]
+    first = gold.score(prompts, [row["chosen"] for row in rows], categories).total.tolist()
+    second = gold.score(prompts, [row["rejected"] for row in rows], categories).total.tolist()
+    kept = [entry for entry in zip(rows, first, second, strict=True) if entry[1] != entry[2]]
+    flips = set(np.random.default_rng(seed).permutation(len(kept))[: round(noise * len(kept))].tolist())
+    return [_labelled(row, a, b, flipped=i in flips) for i, (row, a, b) in enumerate(kept)]
+
+
+def _labelled(row: dict[str, Any], first: float, second: float, *, flipped: bool) -> dict[str, Any]:
+    swap = (second > first) != flipped
+    chosen, rejected = (row["rejected"], row["chosen"]) if swap else (row["chosen"], row["rejected"])
+    scores = (second, first) if swap else (first, second)
+    labelled = row | {"chosen": chosen, "rejected": rejected, "flipped": flipped}
+    if swap and "aspects" in row:
+        labelled["aspects"] = {name: -value for name, value in row["aspects"].items()}
+    return labelled | {"gold": {"chosen": scores[0], "rejected": scores[1]}}

@@ -1,0 +1,67 @@
+"""The optimizer and its schedule, as one block of a config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+KINDS: dict[str, type[torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "rmsprop": torch.optim.RMSprop,
+    "sgd": torch.optim.SGD,
+}
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Which optimizer, and how its learning rate moves.
+
+    Args:
+        name: "adamw", "adam", "rmsprop" (the DPO authors' choice) or "sgd".
+        lr: peak learning rate, > 0.
+        weight_decay: decoupled for adamw; >= 0.
+        betas: moments of adam and adamw.
+        eps: of adam, adamw and rmsprop.
+        warmup_ratio: share of all optimizer steps over which the rate climbs linearly from 0; in [0, 1].
+        schedule: after the warm-up: "constant", or "linear" or "cosine" down to 0 at the last step.
+    """
+
+    name: Literal["adamw", "adam", "rmsprop", "sgd"] = "adamw"
+    lr: float = 1e-5
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    warmup_ratio: float = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+
+    def __post_init__(self) -> None:
+        """Raise ValueError naming the field, its range and the value."""
+        object.__setattr__(self, "betas", tuple(self.betas))  # a checkpoint gives a list
+        if self.name not in KINDS:
+            raise ValueError(f"optimizer.name must be one of {', '.join(KINDS)}, got {self.name!r}")
+        if not self.lr > 0:
+            raise ValueError(f"optimizer.lr must be > 0, got {self.lr}")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"optimizer.warmup_ratio must be in [0, 1], got {self.warmup_ratio}")
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """Return the optimizer over `parameters`."""
+        extra: dict[str, Any] = {}
+        if self.name in ("adamw", "adam"):
+            extra["betas"] = self.betas
+        if self.name != "sgd":
+            extra["eps"] = self.eps
+        return KINDS[self.name](parameters, lr=self.lr, weight_decay=self.weight_decay, **extra)
+
+    def schedule_for(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+        """Return the schedule over `steps` optimizer steps, one tick a step."""
+        from transformers import get_scheduler
+
+        name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
+        warmup = round(self.warmup_ratio * steps)
+        return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)

@@ -1,0 +1,159 @@
+"""The record files of a run folder: JSON lines that survive a kill, a resume and a copy of the folder.
+
+A line is a record of one probe (`probe.jsonl`) or one sampled response of a probe (`samples.jsonl`). Files only grow,
+except when a run resumes: lines past the step of its checkpoint belong to a future that is about to be lived again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lit_rlhf.errors import UserError
+
+Record = dict[str, Any]
+
+PROBE = "probe.jsonl"
+SAMPLES = "samples.jsonl"
+_ODD = "backslashreplace"  # half a surrogate pair has no UTF-8, but its escape is good JSON
+_ROW_KEY = ("step", "n", "prompt_index", "sample_index")
+
+
+def read(path: str | Path) -> list[Record]:
+    """Read JSON lines; a torn last line, left by a kill while it was written, is ignored.
+
+    Raises:
+        UserError: the file is missing, or a line before the last is no JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    last = max((number for number, line in enumerate(lines, 1) if line.strip()), default=0)
+    found = []
+    for number, line in enumerate(lines, 1):
+        record = _parse(line)
+        if record is not None:
+            found.append(record)
+        elif line.strip() and number != last:
+            raise UserError(f"{path}, line {number}: expected a JSON object, got {line[:80]!r}")
+    return found
+
+
+def read_probe(folder: str | Path) -> list[Record]:
+    """Read the probe records of a run folder by rising step (or `n`, for best-of-n); the last record of a step wins.
+
+    Raises:
+        UserError: as `read`.
+    """
+    return _latest(read(Path(folder) / PROBE))
+
+
+def read_samples(folder: str | Path) -> list[Record]:
+    """Read the sampled responses of a run folder, by step, prompt and sample; the last of each wins, none without file.
+
+    Raises:
+        UserError: as `read`.
+    """
+    path = Path(folder) / SAMPLES
+    return _latest(read(path)) if path.is_file() else []
+
+
+def append(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Append records in one write, after mending a torn last line.
+
+    Raises:
+        ValueError: a number is not finite, which JSON cannot say.
+    """
+    text = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _mend(path)
+    with path.open("a", encoding="utf-8", errors=_ODD) as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def resume(folder: str | Path, step: int) -> list[Record]:
+    """Make the record files of a run folder end at `step`, where training goes on, and return the probe records kept.
+
+    Args:
+        folder: the run folder.
+        step: optimizer steps already taken; at 0 the run is new and nothing is kept.
+    """
+    for name in (PROBE, SAMPLES):
+        path = Path(folder) / name
+        if path.is_file():
+            found = read(path)
+            kept = [record for record in found if step > 0 and record["step"] <= step]
+            if len(kept) < len(found):
+                _replace(path, kept)
+    return read_probe(folder) if (Path(folder) / PROBE).is_file() else []
+
+
+def config_hash(*parts: Mapping[str, Any]) -> str:
+    """Name a configuration by twelve hexadecimal digits that neither seeds nor paths change.
+
+    Left out: keys named `seed` or ending in `_seed`, keys that start with an underscore, and strings that name
+    something on this disk. What is no plain data counts by its class.
+    """
+    text = json.dumps([_hashable(part) for part in parts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        named = {str(k): _hashable(v) for k, v in value.items() if not _is_seed(str(k))}
+        return {k: v for k, v in named.items() if not k.startswith("_")}
+    if isinstance(value, list | tuple):
+        return [_hashable(item) for item in value]
+    if isinstance(value, Path) or (isinstance(value, str) and value and os.path.exists(value)):  # noqa: PTH110 - any text
+        return "path"
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _is_seed(name: str) -> bool:
+    return name == "seed" or name.endswith("_seed")
+
+
+def _latest(records: list[Record]) -> list[Record]:
+    places = {tuple(record.get(name, -1) for name in _ROW_KEY): record for record in records}
+    return [places[place] for place in sorted(places)]
+
+
+def _parse(line: str) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _mend(path: Path) -> None:
+    """End the file with a newline: after its last line if that is whole, else in place of it."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return
+    content = path.read_bytes()
+    if content.endswith(b"\n"):
+        return
+    whole, _, tail = content.rpartition(b"\n")
+    kept = content + b"\n" if _parse(tail.decode(errors="replace")) else whole + b"\n" if whole else b""
+    _swap(path, kept)
+
+
+def _replace(path: Path, records: list[Record]) -> None:
+    _swap(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode(errors=_ODD))
+
+
+def _swap(path: Path, content: bytes) -> None:
+    """Put new content in place of a file at once, so that a kill leaves the old or the new and nothing between."""
+    draft = path.with_suffix(".draft")
+    draft.write_bytes(content)
+    draft.replace(path)

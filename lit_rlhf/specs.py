@@ -1,0 +1,85 @@
+"""Plain descriptions of plug-in objects, so that checkpoints hold class paths and arguments and never pickled objects.
+
+An object is described as `{"class_path": "package.Class", "init_args": {...}}`, the form that configs use too.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
+
+from lit_rlhf.types import UserError
+
+T = TypeVar("T")
+
+
+def plain(value: Any) -> Any:
+    """Describe `value` with plain types only.
+
+    Dataclasses are described by their fields, other objects by the attributes that carry their constructor's argument
+    names (the convention of every scorer here).
+
+    Raises:
+        TypeError: an object keeps no attribute for one of its constructor's arguments.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    kind = type(value)
+    return {
+        "class_path": f"{kind.__module__}.{kind.__qualname__}",
+        "init_args": {name: plain(_argument(value, name)) for name in _argument_names(kind)},
+    }
+
+
+def build(value: Any, base: type[T]) -> T:
+    """Turn a description made by `plain` back into an object; an object of the right kind passes through.
+
+    Only classes that are already imported and derive from `base` are built, so that loading somebody's checkpoint
+    cannot run code of its choice.
+
+    Raises:
+        UserError: the class is unknown, or is no `base`.
+    """
+    if isinstance(value, base):
+        return value
+    if not (isinstance(value, dict) and "class_path" in value):
+        raise UserError(f"expected a {base.__name__} or its class_path and init_args, got {value!r}")
+    module_name, _, name = str(value["class_path"]).rpartition(".")
+    kind = getattr(sys.modules.get(module_name), name, None)
+    if not (isinstance(kind, type) and issubclass(kind, base)):
+        raise UserError(f"class_path {value['class_path']!r} is no imported {base.__name__}; import its module first")
+    arguments = {key: _nested(item) for key, item in value.get("init_args", {}).items()}
+    return kind(**arguments)
+
+
+def build_optional(value: Any, base: type[T]) -> T | None:
+    """Like `build`, and None stays None."""
+    return None if value is None else build(value, base)
+
+
+def _nested(value: Any) -> Any:
+    if isinstance(value, dict) and set(value) == {"class_path", "init_args"}:
+        return build(value, object)
+    if isinstance(value, list):
+        return [_nested(item) for item in value]
+    return value
+
+
+def _argument_names(kind: type) -> list[str]:
+    if is_dataclass(kind):
+        return [f.name for f in fields(kind) if f.init]
+    return [name for name in inspect.signature(kind.__init__).parameters if name != "self"]  # type: ignore[misc]
+
+
+def _argument(value: Any, name: str) -> Any:
+    if not hasattr(value, name):
+        raise TypeError(f"{type(value).__name__} takes {name!r} but keeps no attribute of that name to describe it by")
+    return getattr(value, name)

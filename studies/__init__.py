@@ -1,0 +1,1 @@
+"""Studies: commands strung together by Snakemake; no mathematics here."""

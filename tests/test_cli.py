@@ -1,0 +1,156 @@
+"""The command line as a user meets it: every config runs, and every mistake ends in one message and status 2."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lit_rlhf.front import main
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+QUICK = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
+
+
+def run(*argv):
+    """Return exit status, whether main returned it or the parser raised it."""
+    try:
+        return main([str(a) for a in argv])
+    except SystemExit as stop:
+        return stop.code
+
+
+def fit(name, tmp_path, *more):
+    return run(
+        "fit", "--config", ROOT / "configs" / f"{name}.yaml", "--trainer.logger.init_args.save_dir", tmp_path,
+        "--data.init_args.limit=64", *QUICK, *more,
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _in_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def pairs(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" if isinstance(row, dict) else row + "\n" for row in rows))
+    return path
+
+
+GOOD = [{"prompt": f"prompt {i} is", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(20)]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_runs_and_leaves_a_run_folder(config, tmp_path):
+    assert fit(config.stem, tmp_path) == 0
+    folder = tmp_path / config.stem / "version_0"
+    assert (folder / "config.yaml").exists()
+    assert (folder / "hf" / "config.json").exists()
+    assert list(folder.glob("events.out.tfevents.*"))
+    assert (folder / "checkpoints" / "last.ckpt").exists() or config.stem == "reward"
+    if config.stem != "reward":
+        steps = [json.loads(line)["step"] for line in (folder / "probe.jsonl").read_text().splitlines()]
+        assert steps == [0, 2]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_runs_on_own_data_and_model(config, tmp_path, tiny_gpt2_path):
+    data = pairs(tmp_path / "own.jsonl", GOOD)
+    arguments = ["--model.init_args.model_name_or_path", tiny_gpt2_path, "--data.init_args.train", data]
+    assert fit(config.stem, tmp_path, *arguments) == 0
+    if config.stem != "reward":
+        record = json.loads((tmp_path / config.stem / "version_0" / "probe.jsonl").read_text().splitlines()[0])
+        assert record["gold"] is None
+        assert record["proxy"] is None
+
+
+MISTAKES = {
+    "missing file": (["--data.init_args.train", "nowhere.jsonl"], ["nowhere.jsonl"]),
+    "broken json": (["--data.init_args.train", "{tmp}/broken.jsonl"], ["broken.jsonl", "7"]),
+    "no rejected": (["--data.init_args.train", "{tmp}/half.jsonl"], ["half.jsonl:3", "rejected"]),
+    "empty response": (["--data.init_args.train", "{tmp}/empty.jsonl"], ["empty.jsonl:2", "chosen"]),
+    "long prompts": (["--data.init_args.train", "{tmp}/long.jsonl"], ["long.jsonl:1", "prompt", "128"]),
+    "unknown key": (["--model.init_args.betta", "1"], ["betta"]),
+    "wrong type": (["--data.init_args.batch_size", "many"], ["batch_size", "many"]),
+    "bad beta": (["--model.loss.beta", "-1"], ["beta", "-1"]),
+    "no model": (["--model.init_args.model_name_or_path", "{tmp}"], ["{tmp}"]),
+    "hub id offline": (["--model.init_args.model_name_or_path", "nobody/nothing"], ["nobody/nothing"]),
+    "hub data offline": (["--data.init_args.train", "nobody/nothing"], ["nobody/nothing"]),
+    "missing checkpoint": (["--ckpt_path", "{tmp}/no.ckpt"], ["no.ckpt"]),
+    "not a checkpoint": (["--ckpt_path", "{tmp}/half.jsonl"], ["half.jsonl"]),
+    "nothing to resume": (["--ckpt_path", "last"], ["last"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_end_in_one_message_and_status_2(name, tmp_path, capfd):
+    pairs(tmp_path / "broken.jsonl", [*GOOD[:6], '{"prompt": "a", "chosen": '])
+    pairs(tmp_path / "half.jsonl", [*GOOD[:2], {"prompt": "a", "chosen": "b"}, *GOOD[2:]])
+    pairs(tmp_path / "empty.jsonl", [GOOD[0], {"prompt": "a", "chosen": "", "rejected": "b"}, *GOOD[2:]])
+    pairs(tmp_path / "long.jsonl", [{"prompt": "the " * 400, "chosen": "a", "rejected": "b"}])
+    arguments, expected = MISTAKES[name]
+    assert fit("dpo", tmp_path, *(a.format(tmp=tmp_path) for a in arguments)) == 2
+    message = capfd.readouterr().err
+    assert "Traceback" not in message
+    for word in expected:
+        assert word.format(tmp=tmp_path) in message, message
+
+
+def test_a_checkpoint_of_another_module_is_refused(tmp_path, capfd):
+    assert fit("reward", tmp_path) == 0
+    checkpoint = tmp_path / "reward" / "version_0" / "checkpoints" / "last.ckpt"
+    capfd.readouterr()
+    assert fit("dpo", tmp_path, "--ckpt_path", checkpoint) == 2
+    assert "RewardModule" in capfd.readouterr().err
+
+
+def test_a_process_of_its_own_ends_without_a_traceback(tmp_path):
+    command = [sys.executable, "train.py", "fit", "--config", "configs/dpo.yaml", "--data.init_args.train", "no.jsonl"]
+    environment = os.environ | {"PYTHONWARNINGS": "default"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "no.jsonl" in done.stderr
+
+
+def test_label_flips_exactly_the_stated_share(tmp_path, capsys):
+    out = tmp_path / "pairs.jsonl"
+    assert run("label", out, "--n", "200", "--noise", "0.25", "--seed", "3") == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sum(row["flipped"] for row in rows) == round(0.25 * len(rows))
+    for row in rows:
+        assert (row["gold"]["chosen"] < row["gold"]["rejected"]) == row["flipped"]
+    assert "labels wrong" in capsys.readouterr().out
+
+
+def test_sample_predict_and_export(tmp_path, capsys):
+    assert fit("reward", tmp_path) == 0
+    assert fit("dpo", tmp_path) == 0
+    data = tmp_path / "data.jsonl"
+    assert run("label", data, "--n", "12") == 0
+    capsys.readouterr()
+    assert run("sample", tmp_path / "dpo" / "version_0", '["tell me a story"]', "--n", "2", "--seed", "1") == 0
+    assert capsys.readouterr().out.count("> tell me a story") == 2
+    for name in ("reward", "dpo"):
+        assert run("predict", tmp_path / name / "version_0", data, tmp_path / f"{name}.jsonl") == 0
+    scored = [json.loads(line) for line in (tmp_path / "reward.jsonl").read_text().splitlines()]
+    assert len(scored) == 12
+    assert {"total", "members", "parts"} == set(scored[0]["scores"]["chosen"])
+    answered = [json.loads(line) for line in (tmp_path / "dpo.jsonl").read_text().splitlines()]
+    assert len(answered) == 12
+    assert set(answered[0]) == {"prompt", "response"}
+    assert run("export", tmp_path / "dpo" / "version_0", tmp_path / "exported") == 0
+    same = {p: (tmp_path / p / "model.safetensors").read_bytes() for p in ("exported", "dpo/version_0/hf")}
+    assert len(set(same.values())) == 1
+
+
+def test_resuming_continues_the_folder(tmp_path):
+    assert fit("dpo", tmp_path) == 0
+    assert fit("dpo", tmp_path, "--ckpt_path", "last", "--trainer.max_steps=4") == 0
+    assert [p.name for p in (tmp_path / "dpo").iterdir()] == ["version_0"]
+    lines = (tmp_path / "dpo" / "version_0" / "probe.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == [0, 2, 4]

@@ -1,0 +1,103 @@
+"""Record files: torn lines, repeated steps, resumed runs, and hashes that group seeds."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lit_rlhf import records
+from lit_rlhf.errors import UserError
+
+
+def test_what_is_appended_is_read(tmp_path):
+    path = tmp_path / "new" / records.PROBE
+    records.append(path, [{"step": 0, "text": "é\n\u2028\ud800"}])
+    records.append(path, [{"step": 5}])
+    assert records.read(path) == [{"step": 0, "text": "é\n\u2028\ud800"}, {"step": 5}]
+
+
+def test_the_last_record_of_a_step_wins_and_steps_rise(tmp_path):
+    records.append(tmp_path / records.PROBE, [{"step": 5, "x": 1}, {"step": 0}, {"step": 5, "x": 2}])
+    assert records.read_probe(tmp_path) == [{"step": 0}, {"step": 5, "x": 2}]
+
+
+def test_best_of_n_records_are_told_apart_by_n(tmp_path):
+    records.append(tmp_path / records.PROBE, [{"n": 4}, {"n": 1}, {"n": 4, "x": 1}])
+    assert records.read_probe(tmp_path) == [{"n": 1}, {"n": 4, "x": 1}]
+
+
+def test_samples_are_told_apart_by_prompt_and_sample(tmp_path):
+    rows = [{"step": 0, "prompt_index": i, "sample_index": j} for i in range(2) for j in range(2)]
+    records.append(tmp_path / records.SAMPLES, [*rows, rows[0] | {"x": 1}])
+    assert records.read_samples(tmp_path) == [rows[0] | {"x": 1}, *rows[1:]]
+    assert records.read_samples(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize("tail", ['{"step": 9, "x', "{", '{"step"', '"', "[1]"])
+def test_a_torn_last_line_is_ignored_and_mended(tmp_path, tail):
+    path = tmp_path / records.PROBE
+    path.write_text('{"step": 0}\n' + tail)
+    assert records.read(path) == [{"step": 0}]
+    records.append(path, [{"step": 5}])
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 0}, {"step": 5}]
+
+
+def test_a_line_torn_inside_a_letter(tmp_path):
+    path = tmp_path / records.PROBE
+    path.write_bytes(b'{"step": 0}\n{"text": "\xc3')
+    assert records.read(path) == [{"step": 0}]
+    records.append(path, [{"step": 5}])
+    assert records.read(path) == [{"step": 0}, {"step": 5}]
+
+
+def test_a_whole_last_line_without_its_newline_is_kept(tmp_path):
+    path = tmp_path / records.PROBE
+    path.write_text('{"step": 0}\n{"step": 5}')
+    records.append(path, [{"step": 10}])
+    assert [r["step"] for r in records.read(path)] == [0, 5, 10]
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / records.PROBE
+    path.write_text('{"step": 0}\n{"ste\n{"step": 5}\n')
+    with pytest.raises(UserError, match=r"probe\.jsonl, line 2: expected a JSON object"):
+        records.read(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        records.read_probe(tmp_path)
+
+
+def test_numbers_that_json_lacks_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        records.append(tmp_path / records.PROBE, [{"x": float("nan")}])
+
+
+def test_a_resumed_run_keeps_its_past_alone(tmp_path):
+    for name in (records.PROBE, records.SAMPLES):
+        records.append(tmp_path / name, [{"step": step, "update": step} for step in (0, 5, 10, 15)])
+    assert [r["step"] for r in records.resume(tmp_path, 10)] == [0, 5, 10]
+    assert [r["step"] for r in records.read_samples(tmp_path)] == [0, 5, 10]
+    assert records.resume(tmp_path, 0) == []
+    assert records.resume(tmp_path / "none", 7) == []
+
+
+def test_seeds_and_paths_leave_the_hash_alone(tmp_path):
+    def name(**changes):
+        return records.config_hash({"loss": {"class_path": "a.DPO", "init_args": {"beta": 0.1}}, "_x": 1} | changes)
+
+    base = name(seed=0, model=str(tmp_path), split_seed=3)
+    (tmp_path / "other").mkdir()
+    assert base == name(seed=7, model=str(tmp_path / "other"), split_seed=4, _x=2)
+    assert base != name(
+        seed=0, model=str(tmp_path), split_seed=3, loss={"class_path": "a.DPO", "init_args": {"beta": 0.2}}
+    )
+    assert name(model="builtin:policy") != name(model="some/model")
+    assert name(x=object()) == name(x=object())
+
+
+def test_reading_records_needs_no_torch():
+    code = "import sys, lit_rlhf.records; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

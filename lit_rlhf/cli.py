@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import callbacks  # noqa: F401 - so that configs can name what is in it
 from lit_rlhf import __version__, commands
@@ -93,13 +96,26 @@ def continue_folder(checkpoint: Path, logger: Any) -> None:
         logger.init_args.version = folder.name
 
 
+def quieten() -> None:
+    """Hush what other libraries say on every run and nobody can act on; everything else is heard."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for message in (
+        ".*isinstance\\(treespec, LeafSpec\\).*",  # torch 2.13 under Lightning 2.6
+        ".*module\\(s\\) in eval mode at the start of training.*",  # the frozen reference
+        ".*does not have many workers.*",  # small in-memory data
+        ".*checkpoint directory .* exists and is not empty.*",  # a resumed run folder
+    ):
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+
+
 def main(argv: list[str]) -> None:
     """Run one command of the command line.
 
     Raises:
         UserError: for what the user can mend.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quieten()
     if argv[0] in OWN:
         from jsonargparse import auto_cli
 
@@ -120,5 +136,5 @@ def main(argv: list[str]) -> None:
             "callbacks": [StartBanner()],
         },
         parser_kwargs={"version": __version__},
-        args=argv,
+        args=None if argv == sys.argv[1:] else argv,  # Lightning warns of arguments given twice
     )

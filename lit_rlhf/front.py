@@ -39,8 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"lit_rlhf {__version__}")
         return 0
     if argv[0] == "report":
-        from lit_rlhf.report import main as command
-    else:
-        from lit_rlhf.cli import main as command
-    arguments = argv[1:] if argv[0] == "report" else argv
-    return guarded(lambda: command(arguments))
+        from lit_rlhf.report import main as report
+
+        return guarded(lambda: report(argv[1:]))
+    from lit_rlhf.cli import main as command
+
+    return guarded(lambda: command(argv))

@@ -61,9 +61,10 @@ def checkpoint_kind(path: Path) -> type[BaseModule]:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
         raise UserError(f"{str(path)!r} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
-    known = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in map(modules.__dict__.get, modules.__all__)}
+    kinds: list[type[BaseModule]] = [getattr(modules, name) for name in modules.__all__]
+    known = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in kinds}
     made_by = content.get(MODULE_KEY) if isinstance(content, dict) else None
-    if made_by not in known:
+    if not isinstance(made_by, str) or made_by not in known:
         raise UserError(f"{str(path)!r} was made by {made_by or 'another program'}; expected one of {', '.join(known)}")
     return known[made_by]
 

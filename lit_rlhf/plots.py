@@ -11,12 +11,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
+from html import escape
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -35,7 +35,7 @@ _STYLE = {
     "lines.linewidth": 1.6, "svg.fonttype": "none", "text.parse_math": False, "figure.constrained_layout.use": True,
 }  # fmt: skip
 _X = "√KL to the reference (√nats per response)"
-_Y = "score (sd of step-0 samples)"
+_Y = "score (sd at step 0)"
 
 
 @contextmanager
@@ -74,6 +74,7 @@ def gold_figure(curves: Sequence[Curve], *, size: tuple[float, float] = (6.4, 4.
             each.set_ylabel(_Y)
         axes.set_xlabel(_X)
         axes.set_xlim(left=0)
+        figure.align_ylabels()
         _legend(figure, (gold_axes, proxy_axes), len(curves))
     return figure
 
@@ -107,11 +108,12 @@ def svg(figure: Figure, name: str) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # the page has one style sheet, and no metadata
+    text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text, flags=re.DOTALL)
     prefix = "f" + sha256(name.encode()).hexdigest()[:8]
     text = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
     text = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", text, count=1)
-    text = re.sub(r'<svg ([^>]*?)height="[^"]*"', r'<svg \1role="img" aria-hidden="true"', text, count=1)
+    text = re.sub(r'<svg ([^>]*?)height="[^"]*"', rf'<svg \1role="img" aria-label="{escape(name)}"', text, count=1)
     for colour, variable in PAINT.items():
         text = text.replace(colour, variable)
     return re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", text)
@@ -119,6 +121,8 @@ def svg(figure: Figure, name: str) -> str:
 
 def pixels(figure: Figure) -> NDArray[np.uint8]:
     """Render to an image, [height, width, 3]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     with styled():
         canvas = FigureCanvasAgg(figure)
         canvas.draw()

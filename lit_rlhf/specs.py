@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from lit_rlhf.types import UserError
 
@@ -39,7 +40,7 @@ def plain(value: Any) -> Any:
     }
 
 
-def build(value: Any, base: type[T]) -> T:
+def build(value: Any, base: Callable[..., T]) -> T:
     """Turn a description made by `plain` back into an object; an object of the right kind passes through.
 
     Only classes that are already imported and derive from `base` are built, so that loading somebody's checkpoint
@@ -48,19 +49,20 @@ def build(value: Any, base: type[T]) -> T:
     Raises:
         UserError: the class is unknown, or is no `base`.
     """
-    if isinstance(value, base):
-        return value
+    expected: Any = base  # annotated as a callable, since type checkers take no abstract class for a type
+    if isinstance(value, expected):
+        return cast("T", value)
     if not (isinstance(value, dict) and "class_path" in value):
-        raise UserError(f"expected a {base.__name__} or its class_path and init_args, got {value!r}")
+        raise UserError(f"expected a {expected.__name__} or its class_path and init_args, got {value!r}")
     module_name, _, name = str(value["class_path"]).rpartition(".")
     kind = getattr(sys.modules.get(module_name), name, None)
-    if not (isinstance(kind, type) and issubclass(kind, base)):
-        raise UserError(f"class_path {value['class_path']!r} is no imported {base.__name__}; import its module first")
+    if not (isinstance(kind, type) and issubclass(kind, expected)):
+        raise UserError(f"class_path {value['class_path']!r} is no {expected.__name__} that was imported")
     arguments = {key: _nested(item) for key, item in value.get("init_args", {}).items()}
-    return kind(**arguments)
+    return cast("T", kind(**arguments))
 
 
-def build_optional(value: Any, base: type[T]) -> T | None:
+def build_optional(value: Any, base: Callable[..., T]) -> T | None:
     """Like `build`, and None stays None."""
     return None if value is None else build(value, base)
 

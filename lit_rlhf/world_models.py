@@ -52,4 +52,5 @@ def half(source: str, target: str) -> None:
 
 
 if __name__ == "__main__":
-    {"blank": blank, "half": half}[sys.argv[1]](*sys.argv[2:])
+    command, first, second = sys.argv[1:]
+    (blank if command == "blank" else half)(first, second)

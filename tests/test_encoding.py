@@ -1,8 +1,10 @@
 """Ids and masks: every way in which text has been known to lose its ends, its start or its place."""
 
+import json
+
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_config, word_tokenizer
+from conftest import byte_tokenizer, word_tokenizer
 
 from lit_rlhf.assets import resolve
 from lit_rlhf.encoding import Encoder
@@ -130,13 +132,19 @@ def test_nothing_counts_after_a_stop_token():
     assert row.truncated
 
 
-def test_further_stop_tokens_end_a_response(make_model):
+def test_further_stop_tokens_end_a_response():
     encoder = Encoder(word_tokenizer(), stop_ids=words("mat"))
     assert set(encoder.stop_ids) == {*words(END), *words("mat")}
     assert encoder.encode("the cat", "on the mat").ids[-1:] == words("mat")
     assert encoder.response_text(words("on the mat dog")) == "on the"
-    config = tiny_config("llama", word_tokenizer(), eos_token_id=[*words(END), *words("mat")])
-    assert Encoder.from_pretrained(make_model(config=config)).stop_ids == encoder.stop_ids
+
+
+def test_stop_tokens_come_from_both_configs_of_a_model(tmp_path):
+    word_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": words("mat")[0]}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [*words("dog"), *words("cat")]}))
+    stop_ids = Encoder.from_pretrained(str(tmp_path)).stop_ids
+    assert set(stop_ids) == {*words(END), *words("mat"), *words("dog"), *words("cat")}
 
 
 def test_a_tokenizer_without_end_token_is_refused():

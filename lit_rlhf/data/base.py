@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import islice
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from lightning.pytorch import LightningDataModule
 
@@ -44,6 +44,8 @@ class DataModule(LightningDataModule, ABC, Generic[RowT, BatchT]):
         limit: rows to read of each source; None reads all.
         trust_remote_code: allow code from the tokenizer's author to run here.
     """
+
+    world_sizes: ClassVar[dict[SplitName, int]]  # rows that `builtin:world` stands for
 
     def __init__(  # noqa: PLR0913  # flat keys on the command line
         self,
@@ -95,8 +97,8 @@ class DataModule(LightningDataModule, ABC, Generic[RowT, BatchT]):
         """Check one row of data and turn it into records."""
 
     @abstractmethod
-    def world_rows(self, split: SplitName) -> list[dict[str, Any]]:
-        """Return the rows that `builtin:world` stands for."""
+    def world_rows(self, n: int, split: SplitName) -> list[dict[str, Any]]:
+        """Return n rows of the built-in world."""
 
     @abstractmethod
     def batch_maker(self, items: Sequence[Example[RowT]]) -> Callable[[MicroBatch], BatchT]:
@@ -242,7 +244,8 @@ class DataModule(LightningDataModule, ABC, Generic[RowT, BatchT]):
         return rows
 
     def _world(self, split: SplitName) -> Iterable[Record]:
-        return (Record(Origin(WORLD, line), row) for line, row in enumerate(self.world_rows(split), 1))
+        rows = self.world_rows(min(self.world_sizes[split], self.limit or self.world_sizes[split]), split)
+        return (Record(Origin(WORLD, line), row) for line, row in enumerate(rows, 1))
 
 
 def _listed(sources: Sources | None) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -16,7 +16,6 @@ from lit_rlhf.encoding import Encoder
 from lit_rlhf.types import PreferenceBatch
 
 Pair = Example[PreferenceRow]
-WORLD_SIZES: dict[SplitName, int] = {"train": 8000, "validation": 1000, "test": 1000}
 
 
 def without_difference(pair: Pair) -> str | None:
@@ -48,6 +47,8 @@ class PreferenceData(DataModule[PreferenceRow, PreferenceBatch]):
         options: see `DataModule`.
     """
 
+    world_sizes: ClassVar[dict[SplitName, int]] = {"train": 8000, "validation": 1000, "test": 1000}
+
     def __init__(self, tokenizer: str = "builtin:policy", *, soft_labels: bool = False, **options: Any) -> None:
         super().__init__(tokenizer, **options)
         self.soft_labels = soft_labels
@@ -56,11 +57,11 @@ class PreferenceData(DataModule[PreferenceRow, PreferenceBatch]):
         """Check a preference or ranked row."""
         return preference_rows(record)
 
-    def world_rows(self, split: SplitName) -> list[dict[str, Any]]:
+    def world_rows(self, n: int, split: SplitName) -> list[dict[str, Any]]:
         """Return noisy training pairs, or clean ones in the other splits."""
         from lit_rlhf.data.synthetic import World
 
-        return World(self.seed).preference_rows(WORLD_SIZES[split], split=split)
+        return World(self.seed).preference_rows(n, split=split)
 
     def judge(self) -> Callable[[Pair], str | None]:
         """Drop pairs without a difference to learn from."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from lit_rlhf.encoding import Encoded
 from lit_rlhf.types import Movable, Prompt, UserError
 
 PromptExample = Example[PromptRow]
-WORLD_SIZES: dict[SplitName, int] = {"train": 2000, "validation": 200, "test": 200}
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,8 @@ class PromptData(DataModule[PromptRow, PromptBatch]):
         options: see `DataModule`.
     """
 
+    world_sizes: ClassVar[dict[SplitName, int]] = {"train": 2000, "validation": 200, "test": 200}
+
     def __init__(self, tokenizer: str = "builtin:policy", *, max_new_tokens: int = 64, **options: Any) -> None:
         super().__init__(tokenizer, **options)
         if max_new_tokens < 1:
@@ -61,11 +62,11 @@ class PromptData(DataModule[PromptRow, PromptBatch]):
         """Check `prompt` and ignore the rest."""
         return prompt_rows(record)
 
-    def world_rows(self, split: SplitName) -> list[dict[str, Any]]:
+    def world_rows(self, n: int, split: SplitName) -> list[dict[str, Any]]:
         """Return different prompts."""
         from lit_rlhf.data.synthetic import World
 
-        return World(self.seed).prompts(WORLD_SIZES[split], split=split)
+        return World(self.seed).prompts(n, split=split)
 
     def encode(self, rows: Sequence[PromptRow]) -> list[tuple[Encoded, ...] | None]:
         """Only measure the prompts: nothing is encoded, and None marks a prompt that leaves too little room."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -16,7 +16,6 @@ from lit_rlhf.encoding import Encoder
 from lit_rlhf.types import SequenceBatch
 
 Demonstration = Example[SFTRow]
-WORLD_SIZES: dict[SplitName, int] = {"train": 8000, "validation": 1000, "test": 1000}
 
 
 def collate_demonstrations(encoder: Encoder, items: Sequence[Demonstration], micro: MicroBatch) -> SequenceBatch:
@@ -32,15 +31,17 @@ class SFTData(DataModule[SFTRow, SequenceBatch]):
     before it), or `text` (all of it counts), or a preference pair, of which the chosen answer is taken.
     """
 
+    world_sizes: ClassVar[dict[SplitName, int]] = {"train": 8000, "validation": 1000, "test": 1000}
+
     def parse(self, record: Record) -> list[SFTRow]:
         """Check a row of any of these kinds."""
         return sft_rows(record)
 
-    def world_rows(self, split: SplitName) -> list[dict[str, Any]]:
+    def world_rows(self, n: int, split: SplitName) -> list[dict[str, Any]]:
         """Return prompts with responses of mixed quality."""
         from lit_rlhf.data.synthetic import World
 
-        return World(self.seed).sft_rows(WORLD_SIZES[split], split=split)
+        return World(self.seed).sft_rows(n, split=split)
 
     def batch_maker(self, items: Sequence[Demonstration]) -> Callable[[MicroBatch], SequenceBatch]:
         """Make `SequenceBatch`es."""

@@ -24,18 +24,18 @@ ASPECTS = ("relevance", "completeness", "certainty", "warmth", "variety", "lengt
 
 # What each category cares about, and the amount of each aspect at which it is best; both in the order of ASPECTS.
 WEIGHTS: dict[str, tuple[float, ...]] = {
-    "role_play": (0.8, 0.6, 0.8, 1.2, 1.2, 0.6, 1.0),
-    "chit_chat": (0.6, 0.6, 0.8, 1.6, 0.8, 0.8, 1.0),
-    "subjective_qa": (1.0, 0.8, 1.2, 0.8, 0.8, 0.6, 1.0),
-    "objective_qa": (1.0, 1.2, 1.6, 0.8, 0.6, 0.6, 1.0),
-    "text_creation": (0.8, 0.8, 0.8, 0.8, 1.6, 0.8, 1.0),
+    "role_play": (0.8, 0.6, 0.8, 1.2, 1.2, 0.6, 2.0),
+    "chit_chat": (0.6, 0.6, 0.8, 1.6, 0.8, 0.8, 2.0),
+    "subjective_qa": (1.0, 0.8, 1.2, 0.8, 0.8, 0.6, 2.0),
+    "objective_qa": (1.0, 1.2, 1.6, 0.8, 0.6, 0.6, 2.0),
+    "text_creation": (0.8, 0.8, 0.8, 0.8, 1.6, 0.8, 2.0),
 }
 PEAKS: dict[str, tuple[float, ...]] = {
-    "role_play": (0.24, 1.0, 2.0, 4.0, 4.0, 32.0, 8.0),
-    "chit_chat": (0.20, 1.0, 1.5, 5.0, 3.5, 28.0, 8.0),
-    "subjective_qa": (0.24, 1.0, 2.0, 3.0, 3.5, 32.0, 8.0),
-    "objective_qa": (0.28, 1.0, 3.0, 1.0, 3.0, 32.0, 8.0),
-    "text_creation": (0.24, 1.0, 2.0, 3.0, 5.0, 36.0, 8.0),
+    "role_play": (0.24, 1.0, 1.0, 3.0, 3.5, 26.0, 7.0),
+    "chit_chat": (0.20, 1.0, 1.0, 4.0, 3.5, 24.0, 7.0),
+    "subjective_qa": (0.24, 1.0, 1.0, 2.5, 3.0, 26.0, 7.0),
+    "objective_qa": (0.28, 1.0, 2.0, 0.6, 3.0, 26.0, 7.0),
+    "text_creation": (0.24, 1.0, 1.0, 3.0, 4.0, 28.0, 7.0),
 }
 _CERTAIN, _HEDGING, _WARM, _DESCRIBING = map(frozenset, (CERTAIN, HEDGING, WARM, DESCRIBING))
 _END_MARKS = frozenset(".!?")
@@ -43,13 +43,14 @@ _MARKS = frozenset(string.punctuation)
 
 
 def hump(amount: float, peak: float) -> float:
-    """Reward an amount up to a peak and punish what goes beyond.
+    """Reward an amount up to a peak and punish what goes beyond it.
 
-    h = max(-1, 2 u - u^2) with u = amount / peak: 0 at nothing, 1 at the peak, 0 again at twice the peak, never under
-    -1. The rise flattens before the peak, so that data from below it look like "more is better".
+    h = max(-2, 2 u - u^2) with u = amount / peak: 0 at nothing, 1 at the peak, 0 again at twice the peak, -2 at worst;
+    for negative amounts h = max(-2, u). The rise flattens before the peak, so that data from below it look like "more
+    is better", and labels say which of two responses is better, never by how much.
     """
     u = amount / peak
-    return max(-1.0, 2 * u - u * u)
+    return max(-2.0, u if u < 0 else 2 * u - u * u)
 
 
 def amounts(prompt: str, response: str) -> dict[str, float]:
@@ -94,7 +95,7 @@ def _flow(tokens: list[str]) -> float:
 
 
 def aspect_values(prompt: str, response: str) -> dict[str, float]:
-    """Give each aspect's value in [-1, 1], with the peaks of the prompt's category, unweighted."""
+    """Give each aspect's value in [-2, 1], with the peaks of the prompt's category, unweighted."""
     measured = amounts(prompt, response).items()
     peaks = PEAKS[category_of(prompt)]
     return {name: hump(amount, peak) for (name, amount), peak in zip(measured, peaks, strict=True)}

@@ -127,10 +127,10 @@ def draw_style(rng: Random) -> Style:
     """Draw the style of one response; styles differ much, so that two responses to a prompt do."""
     return Style(
         sentences=rng.choice((1, 2, 2, 3, 3, 4)),
-        warm=0.5 * rng.random() ** 2,
-        certain=0.5 * rng.random() ** 2,
-        hedging=0.4 * rng.random() ** 2,
-        lush=0.45 * rng.random(),
+        warm=0.25 * rng.random(),
+        certain=0.25 * rng.random(),
+        hedging=0.2 * rng.random(),
+        lush=0.35 * rng.random(),
         focus=rng.random() ** 0.4,
         cover=rng.random(),
     )

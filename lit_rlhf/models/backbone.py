@@ -90,9 +90,8 @@ class Backbone(nn.Module):
         """
         wanted = sequences.response_mask[:, 1:]
         labels = sequences.ids[:, 1:][wanted]
-        logps = self._chunked(sequences, wanted, labels, temperature)
-        if logps is None:
-            logps = self._full(sequences, wanted, labels, temperature)
+        run = self._chunked if self.head_path == "chunked" else self._full
+        logps = run(sequences, wanted, labels, temperature)
         out = logps.new_zeros(sequences.ids.shape)
         rows, columns = wanted.nonzero(as_tuple=True)
         return out.index_put((rows, columns + 1), logps)
@@ -178,13 +177,10 @@ class Backbone(nn.Module):
             self.model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
 
-    def _chunked(self, sequences: Sequences, wanted: Tensor, labels: Tensor, temperature: float) -> Tensor | None:
-        if self.head_path == "full":
-            return None
+    def _chunked(self, sequences: Sequences, wanted: Tensor, labels: Tensor, temperature: float) -> Tensor:
         model = self.causal_lm
-        hidden = run_transformer(model.base_model, sequences.ids, sequences.attention_mask, sequences.position_ids)[
-            :, :-1
-        ][wanted]
+        hidden = run_transformer(model.base_model, sequences.ids, sequences.attention_mask, sequences.position_ids)
+        hidden = hidden[:, :-1][wanted]
         hidden = hidden if temperature == 1 else hidden / temperature
         return chunked_token_logps(hidden, model.get_output_embeddings().weight, labels)
 

@@ -7,9 +7,10 @@ LoRA adapter is loaded as its base model with the adapter merged in.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +189,12 @@ def run_transformer(transformer: Any, ids: Tensor, attention_mask: Tensor, posit
 
 def accepts(module: nn.Module, argument: str) -> bool:
     """Say whether a forward pass names an argument; models with relative positions take no `position_ids`."""
-    return argument in inspect.signature(module.forward).parameters
+    return argument in _arguments(type(module).forward)
+
+
+@functools.cache
+def _arguments(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:

@@ -99,6 +99,10 @@ class BaseModule(LightningModule):
         if datamodule is not None:
             self.encoder = datamodule.encoder
 
+    @abstractmethod
+    def export(self, folder: str, *, merge: bool = False) -> None:
+        """Write a folder that plain transformers, or peft for adapters, loads; called on all ranks."""
+
     def text_encoder(self) -> Encoder:
         """Return the encoder of the data module, or the model's own where there is none."""
         if self.encoder is None:
@@ -121,9 +125,9 @@ class BaseModule(LightningModule):
             loss: [B] or [tokens], what is minimised, logged as the mean.
         """
         columns = {"loss": loss.detach(), **metrics}
-        table = torch.stack(
-            [torch.stack([c.double().sum(), c.new_tensor(c.numel()).double()]) for c in columns.values()]
-        )
+        sums = [column.double().sum() for column in columns.values()]
+        counts = [sums[0].new_tensor(column.numel()) for column in columns.values()]
+        table = torch.stack([torch.stack(sums), torch.stack(counts)])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(table)
         means = dict(zip(columns, (table[0] / table[1]).tolist(), strict=True))
@@ -148,6 +152,12 @@ class BaseModule(LightningModule):
         checkpoint["joiner"] = self.text_encoder().joiner
         for name in self._frozen():
             checkpoint["state_dict"].pop(name, None)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint's weights; the frozen ones that it leaves out stay as they are."""
+        own = self.state_dict()
+        frozen = {name: own[name] for name in self._frozen() if name not in state_dict}
+        return super().load_state_dict(frozen | dict(state_dict), *args, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another module or of other shapes.

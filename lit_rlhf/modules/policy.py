@@ -98,8 +98,9 @@ class PolicyModule(BaseModule):
 
     def proxy(self, rollout: Rollout) -> Scores | None:
         """Score the samples by the configured reward model, else by the data's own; None where there is none."""
-        if self.proxy_scorer is None and self._data_proxy() is not None:
-            self.proxy_scorer = HFRewardModel(self._data_proxy())
+        path = self._data_proxy()
+        if self.proxy_scorer is None and path is not None:
+            self.proxy_scorer = HFRewardModel(path)
         return None if self.proxy_scorer is None else self.proxy_scorer.score(rollout.prompts, rollout.responses)
 
     def _data_proxy(self) -> str | None:

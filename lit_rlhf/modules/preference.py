@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_rlhf.functional.preference import DPO, PreferenceLoss
-from lit_rlhf.models.reference_cache import ReferenceCache
+from lit_rlhf.models.reference_cache import ReferenceCache, fingerprint
 from lit_rlhf.modules.policy import PolicyModule
 from lit_rlhf.specs import build_optional
 from lit_rlhf.types import LossOutput, PairLogps, PreferenceBatch, Rollout, Sequences
@@ -45,7 +46,7 @@ class PreferenceModule(PolicyModule):
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Return this micro-batch's part of the step's mean over pairs."""
-        output = self.losses(batch)
+        output = self.losses(batch, self.cache)
         self.log_means(output.metrics, output.loss)
         return output.loss.sum() / batch.share.examples
 
@@ -56,14 +57,44 @@ class PreferenceModule(PolicyModule):
 
     test_step = validation_step
 
-    def losses(self, batch: PreferenceBatch) -> LossOutput:
-        """Return the loss and metrics of each pair, [B]."""
+    def losses(self, batch: PreferenceBatch, cache: ReferenceCache | None = None) -> LossOutput:
+        """Return the loss and metrics of each pair, [B]; the reference's side live, or from a cache."""
         policy = pair_logps(self.logps(batch.sequences), batch.sequences)
-        reference = pair_logps(self._reference(batch), batch.sequences)
+        if cache is None:
+            reference = pair_logps(self.reference_token_logps(batch.sequences), batch.sequences)
+        else:
+            reference = PairLogps(*cache.rows(batch.index), policy.chosen_length, policy.rejected_length)
         return self.loss(policy, reference, label=batch.label)
 
-    def _reference(self, batch: PreferenceBatch) -> Tensor:
-        return self.reference_token_logps(batch.sequences)
+    def on_fit_start(self) -> None:
+        """Take the reference's log-probabilities of the training pairs from disk, or compute and keep them."""
+        if not self.precompute_reference:
+            return
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        name = fingerprint(self.model_name_or_path, self.text_encoder(), data.fingerprint, dtype=self.options.dtype)
+        self.cache = ReferenceCache.load(self.cache_dir, name)
+        first = next(iter(data.loader("train")))
+        if self.cache is None:
+            self.cache = self._computed(data)
+            if self.trainer.is_global_zero:
+                rank_zero_info(f"reference log-probabilities kept in {self.cache.save(self.cache_dir, name)}")
+        live = self._live(first)
+        self.cache.verify(first.index, live.chosen.cpu(), live.rejected.cpu())
+
+    def _live(self, batch: PreferenceBatch) -> PairLogps:
+        with self._inference():
+            return pair_logps(
+                self.reference_token_logps(batch.sequences.to(self.device)), batch.sequences.to(self.device)
+            )
+
+    def _computed(self, data: Any) -> ReferenceCache:
+        """Every rank computes its share of the pairs; the shares are added up."""
+        table = torch.zeros(2, len(data.examples("train").items), device=self.device)
+        for batch in data.loader("train"):
+            live = self._live(batch)
+            table[:, batch.index] = torch.stack([live.chosen, live.rejected]).float()
+        table = self.trainer.strategy.reduce(table, reduce_op="sum").cpu()
+        return ReferenceCache(table[0].contiguous(), table[1].contiguous())
 
     def probe_extras(self, rollout: Rollout, logps: Tensor, reference_logps: Tensor) -> dict[str, Tensor]:
         """Return beta x log-ratio of the policy's own samples, [B]: beta x KL in the mean, and no proxy."""

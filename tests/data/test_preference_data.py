@@ -9,6 +9,7 @@ from conftest import byte_tokenizer, word_tokenizer
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_rlhf.data import PreferenceData, PromptData, SFTData
+from lit_rlhf.data.examples import held_out_groups
 from lit_rlhf.types import PreferenceBatch, UserError
 
 NOUNS = ["cat", "dog", "bird", "tree", "mat", "rain"]
@@ -153,6 +154,11 @@ def test_validation_is_split_off_by_prompt(word, write):
     assert prompts_of(turned, "validation") == validation
     part = make(PreferenceData, word, write(rows(60)[:30], "part.jsonl"), validation_fraction=0.3)
     assert prompts_of(part, "validation") <= validation
+
+
+def test_the_split_is_the_same_in_every_process():
+    assert held_out_groups(set("abcdefghij"), 0.3) == set("bcdefj")
+    assert held_out_groups({"a"}, 0.3) == set()
 
 
 def test_prompts_that_differ_in_case_and_spacing_stay_together(word, write):
@@ -308,6 +314,24 @@ def test_gold_comes_with_the_built_in_world_alone(word, write):
     assert PreferenceData(word, train=["builtin:world"]).gold is not None
     assert PreferenceData(word, train=write(rows())).gold is None
     assert PreferenceData(word, train=["builtin:world", write(rows())]).gold is None
+
+
+@pytest.mark.parametrize("kind", [PreferenceData, SFTData, PromptData])
+def test_the_built_in_world_loads(tmp_path, kind):
+    from lit_rlhf.data.synthetic import CATEGORIES, build_tokenizer
+
+    build_tokenizer().save_pretrained(tmp_path)
+    data = kind(str(tmp_path), limit=50)
+    data.setup("fit")
+    data.setup("test")
+    assert [len(data.examples(split).items) for split in ("train", "validation", "test")] == [50, 50, 50]
+    assert {category for _, category in data.probe_prompts(50)} == set(CATEGORIES)
+    groups = [{item.row.group for item in data.examples(split).items} for split in ("train", "validation", "test")]
+    assert groups[0].isdisjoint(groups[1] | groups[2])
+    row = data.examples("train").items[0]
+    for answer, encoded in zip(row.row.answers, row.encoded, strict=True):
+        assert data.encoder.response_text(encoded.ids[encoded.prompt_length :]) == answer
+        assert data.encoder.tokenizer.unk_token_id not in encoded.ids
 
 
 class Watcher(LightningModule):

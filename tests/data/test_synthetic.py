@@ -85,8 +85,8 @@ def test_ranks_follow_gold():
 
 
 def test_hump_by_hand():
-    assert [hump(x, 4.0) for x in (0, 2, 4, 6, 8, 40)] == [0.0, 0.75, 1.0, 0.75, 0.0, -1.0]
-    assert hump(-1, 4.0) == -0.5625  # 2 (-1/4) - 1/16
+    assert [hump(x, 4.0) for x in (0, 2, 4, 6, 8, 40)] == [0.0, 0.75, 1.0, 0.75, 0.0, -2.0]
+    assert [hump(x, 4.0) for x in (-1, -40)] == [-0.25, -2.0]
 
 
 def test_amounts_by_hand():
@@ -106,7 +106,7 @@ def test_amounts_by_hand():
 
 def test_gold_by_hand():
     text = "surely, the rose needs the bee."
-    u = [2 / 6 / 0.28, 2 / 3, 1 / 3, 0, 0, 6 / 32, 6 / 8]
+    u = [2 / 6 / 0.28, 2 / 3, 1 / 2, 0, 0, 6 / 26, 6 / 7]  # six words, two of three points, one certain word
     expected = sum(weight * (2 * x - x * x) for weight, x in zip(WEIGHTS["objective_qa"], u, strict=True))
     assert gold_reward(FACTS, text) == pytest.approx(expected)
 
@@ -144,7 +144,7 @@ def test_many_different_describing_words_are_too_many():
 def test_categories_disagree_about_one_and_the_same_response():
     text = "thanks, dear friend. i am so happy and glad!"
     assert aspect_values(CHAT, text)["warmth"] > 0.9
-    assert aspect_values(FACTS, text)["warmth"] == -1
+    assert aspect_values(FACTS, text)["warmth"] == -2
     assert set(WEIGHTS) == set(PEAKS) == set(CATEGORIES)
 
 
@@ -154,7 +154,7 @@ def test_categories_disagree_about_one_and_the_same_response():
 @pytest.mark.parametrize("prompt", [FACTS, "", "unknown words only"])
 def test_any_text_has_a_gold_reward(prompt, text):
     values = aspect_values(prompt, text)
-    assert all(-1 <= value <= 1 for value in values.values())
+    assert all(-2 <= value <= 1 for value in values.values())
     assert math.isfinite(gold_reward(prompt, text))
 
 

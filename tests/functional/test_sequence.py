@@ -94,7 +94,7 @@ def test_half_precision_is_added_up_in_float32():
     exact = torch.autograd.grad(full.sum(), [hidden, weight])
     for a, b in zip(ours, exact, strict=True):
         assert a.dtype == torch.bfloat16
-        torch.testing.assert_close(a, b, rtol=2**-7, atol=2e-2)  # rounding of the bfloat16 slopes and result
+        torch.testing.assert_close(a, b, rtol=8e-3, atol=2e-2)  # slopes and result are rounded to bfloat16
 
 
 def test_autocast_does_not_reach_the_head():
@@ -144,7 +144,7 @@ def test_half_precision_on_a_gpu_is_added_up_in_float32():
     assert float((logps - full).detach().abs().max()) < 1e-4
     ours = torch.autograd.grad(logps.sum(), [hidden, weight])
     for a, b in zip(ours, torch.autograd.grad(full.sum(), [hidden, weight]), strict=True):
-        torch.testing.assert_close(a, b, rtol=2**-7, atol=2e-2)  # rounding of the bfloat16 slopes and result
+        torch.testing.assert_close(a, b, rtol=8e-3, atol=2e-2)  # slopes and result are rounded to bfloat16
 
 
 MASK = torch.tensor([[True, True, False], [False, False, False]])
@@ -202,6 +202,14 @@ def test_a_constant_stream_is_only_centred():
     assert float(result[..., 0].abs().max()) < 1e-4
     assert result[..., 1].tolist() == [[-1, 1], [-1, 1]]
     assert standardise(x, mask, center=False, floor=1.0).tolist() == x.tolist()
+
+
+def test_a_far_origin_costs_no_precision():
+    """Mean 1,000 and std 0.1 in float32: squares of 1e6, summed in float32, would drown a variance of 0.01."""
+    x = 1000 + 0.1 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    result = standardise(x, torch.ones(64, 64, dtype=torch.bool), center=True)
+    assert float(result.double().mean()) == pytest.approx(0, abs=1e-3)
+    assert float(result.double().std(correction=0)) == pytest.approx(1, abs=1e-3)
 
 
 def test_standardise_of_little_or_nothing():

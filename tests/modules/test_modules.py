@@ -144,7 +144,7 @@ def test_resuming_equals_not_having_stopped(tmp_path, stop):
     with pytest.raises(KeyboardInterrupt):
         fit(PreferenceModule(**options), pairs(), first, saver, Kill(stop + 1), steps=8)
     resumed = PreferenceModule(**options)
-    fit(resumed, pairs(), second, steps=8, ckpt_path=tmp_path / f"step={stop}.ckpt")
+    fit(resumed, pairs(), second, saver, steps=8, ckpt_path=tmp_path / f"step={stop}.ckpt")
     assert first.values[:stop] + second.values == whole.values
     for name, value in state(straight).items():
         assert torch.equal(state(resumed)[name], value), name

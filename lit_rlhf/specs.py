@@ -9,7 +9,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 from lit_rlhf.types import UserError
 
@@ -58,7 +58,8 @@ def build(value: Any, base: Callable[..., T]) -> T:
     kind = getattr(sys.modules.get(module_name), name, None)
     if not (isinstance(kind, type) and issubclass(kind, expected)):
         raise UserError(f"class_path {value['class_path']!r} is no {expected.__name__} that was imported")
-    arguments = {key: _nested(item) for key, item in value.get("init_args", {}).items()}
+    hints = get_type_hints(kind if is_dataclass(kind) else kind.__init__)  # type: ignore[misc]
+    arguments = {key: _nested(item, hints.get(key)) for key, item in value.get("init_args", {}).items()}
     return cast("T", kind(**arguments))
 
 
@@ -67,12 +68,22 @@ def build_optional(value: Any, base: Callable[..., T]) -> T | None:
     return None if value is None else build(value, base)
 
 
-def _nested(value: Any) -> Any:
-    if isinstance(value, dict) and set(value) == {"class_path", "init_args"}:
-        return build(value, object)
+def _nested(value: Any, hint: Any) -> Any:
+    """Build descriptions inside arguments, each as the class that the argument is annotated with and as no other."""
     if isinstance(value, list):
-        return [_nested(item) for item in value]
-    return value
+        return [_nested(item, hint) for item in value]
+    if not (isinstance(value, dict) and set(value) == {"class_path", "init_args"}):
+        return value
+    kinds = [kind for kind in _classes(hint) if kind.__module__ != "builtins"]
+    if len(kinds) != 1:
+        raise UserError(f"class_path {value['class_path']!r} stands where no object was expected")
+    return build(value, kinds[0])
+
+
+def _classes(hint: Any) -> list[type]:
+    """Return the classes named in an annotation, such as those of `Sequence[Scorer] | None`."""
+    inner = [kind for argument in get_args(hint) for kind in _classes(argument)]
+    return inner or ([hint] if isinstance(hint, type) and hint is not type(None) else [])
 
 
 def _argument_names(kind: type) -> list[str]:

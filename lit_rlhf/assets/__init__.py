@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lit_rlhf.types import UserError
+from lit_rlhf.errors import UserError
 
 PREFIX = "builtin:"
 MODELS = ("policy", *(f"proxy-{member}" for member in range(5)))

@@ -40,9 +40,10 @@ class DataModule(LightningDataModule, ABC, Generic[RowT, BatchT]):
         long_prompts: what to do with a prompt that fills the window alone: drop the row and count it, stop with an
             error, or keep the end of the prompt (half a window).
         num_workers: processes that make batches ahead of time; 0 is fast enough for most text.
-        seed: of the order of rows, and of the built-in world.
+        seed: of the order of rows.
         limit: rows to read of each source; None reads all.
         trust_remote_code: allow code from the tokenizer's author to run here.
+        gold: what scores responses for the gold probe; None takes the built-in world's own, for its rows.
     """
 
     world_sizes: ClassVar[dict[SplitName, int]]  # rows that `builtin:world` stands for
@@ -63,10 +64,12 @@ class DataModule(LightningDataModule, ABC, Generic[RowT, BatchT]):
         seed: int = 0,
         limit: int | None = None,
         trust_remote_code: bool = False,
+        gold: Scorer | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False)  # the model logs its own; equal names would collide
+        self.save_hyperparameters(logger=False, ignore=["gold"])  # the model logs its own; equal names would collide
         self.tokenizer = tokenizer
+        self.own_gold = gold
         self.is_world = _listed(train) == (WORLD,)
         own = (WORLD,) if self.is_world else ()
         self.sources: dict[SplitName, tuple[str, ...]] = {
@@ -127,10 +130,15 @@ class DataModule(LightningDataModule, ABC, Generic[RowT, BatchT]):
         )
 
     @property
+    def proxy_path(self) -> str | None:
+        """The reward model that was trained on these very pairs, where one ships: the built-in world's first proxy."""
+        return "builtin:proxy-0" if self.is_world else None
+
+    @property
     def gold(self) -> Scorer | None:
-        """The exact reward of the built-in world where all training rows come from it; None for other data."""
-        if not self.is_world:
-            return None
+        """The scorer given; else the exact reward of the built-in world where all training rows come from it."""
+        if self.own_gold is not None or not self.is_world:
+            return self.own_gold
         from lit_rlhf.data.synthetic import WorldGold
 
         return WorldGold()

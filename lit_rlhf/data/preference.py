@@ -61,7 +61,7 @@ class PreferenceData(DataModule[PreferenceRow, PreferenceBatch]):
         """Return noisy training pairs, or clean ones in the other splits."""
         from lit_rlhf.data.synthetic import World
 
-        return World(self.seed).preference_rows(n, split=split)
+        return World().preference_rows(n, split=split)
 
     def judge(self) -> Callable[[Pair], str | None]:
         """Drop pairs without a difference to learn from."""

@@ -66,7 +66,7 @@ class PromptData(DataModule[PromptRow, PromptBatch]):
         """Return different prompts."""
         from lit_rlhf.data.synthetic import World
 
-        return World(self.seed).prompts(n, split=split)
+        return World().prompts(n, split=split)
 
     def encode(self, rows: Sequence[PromptRow]) -> list[tuple[Encoded, ...] | None]:
         """Only measure the prompts: nothing is encoded, and None marks a prompt that leaves too little room."""

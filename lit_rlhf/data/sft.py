@@ -41,7 +41,7 @@ class SFTData(DataModule[SFTRow, SequenceBatch]):
         """Return prompts with responses of mixed quality."""
         from lit_rlhf.data.synthetic import World
 
-        return World(self.seed).sft_rows(n, split=split)
+        return World().sft_rows(n, split=split)
 
     def batch_maker(self, items: Sequence[Demonstration]) -> Callable[[MicroBatch], SequenceBatch]:
         """Make `SequenceBatch`es."""

@@ -72,7 +72,7 @@ class RewardModule(BaseModule):
         std = (sums[2] / sums[0] - mean.square()).clamp_min(0).sqrt()
         if std > 0:
             self.reward_model.set_scale(mean.item(), std.item())
-        self.log_dict({"val/reward/mean": mean.float(), "val/reward/std": std.float()})
+        self.log("val/reward/std", std.float())
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start

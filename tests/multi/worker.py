@@ -33,7 +33,8 @@ class Losses(Callback):
 
 
 def modules(path):
-    optimizer = Optimizer(lr=1e-3)
+    # a large eps: where a gradient is rounding noise, Adam would blow its sign up to a full step
+    optimizer = Optimizer(lr=1e-3, eps=1e-4)
     for suffix, lora in (("full", None), ("lora", LoRA(r=4, alpha=8))):
         shared = {"model_name_or_path": path, "optimizer": optimizer, "lora": lora}
         yield f"sft-{suffix}", SFTModule(**shared), SFTData

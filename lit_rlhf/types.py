@@ -142,8 +142,9 @@ class Sequences(Movable):
 class Share(Movable):
     """What a micro-batch divides its sums by, so that ranks and accumulated micro-batches add up to one global mean.
 
-    Each is the total over the whole optimizer step (all ranks, all accumulated micro-batches) divided by the number of
-    those micro-batches; the data module knows them in advance because it plans the steps.
+    Each is the total over the whole optimizer step (all ranks, all accumulated micro-batches) divided by ranks times
+    `accumulate_grad_batches`, since that is what Lightning divides by, in a ragged last step too. The data module knows
+    the totals in advance because it plans the steps.
 
     Args:
         examples: [], pairs or sequences.

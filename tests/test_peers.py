@@ -1,7 +1,7 @@
 """TRL's DPOTrainer on the same batch and the same two models gives the same losses, where both define the same thing.
 
-Not compared: R-DPO and RPO (TRL has neither: its `sft` term has no beta and averages over the batch's tokens), IPO on summed
-log-ratios and the "daa" convention (TRL averages over tokens), robust DPO (another loss than conservative smoothing).
+Not compared: R-DPO and RPO (TRL has neither: its `sft` term has no beta and averages over the batch's tokens), IPO on
+summed log-ratios and the "daa" convention (TRL averages over tokens), robust DPO (which is not conservative smoothing).
 """
 
 import pytest
@@ -58,14 +58,10 @@ def test_losses_and_gradients_equal_trl(batch_and_models, tmp_path, loss_type, m
         "completion_mask": batch.sequences.response_mask.long(),
     }
     module.loss = loss
-    sides = {
-        "theirs": lambda: trainer.compute_loss(policy, inputs),
-        "ours": lambda: module.losses(batch).loss.mean(),
-    }
     found = {}
-    for name, compute in sides.items():
+    for name in ("theirs", "ours"):
         policy.zero_grad()
-        value = compute()
+        value = trainer.compute_loss(policy, inputs) if name == "theirs" else module.losses(batch).loss.mean()
         value.backward()
         found[name] = value.item(), torch.cat([p.grad.flatten() for p in policy.parameters()])
     assert found["ours"][0] == pytest.approx(found["theirs"][0], abs=1e-4)

@@ -199,6 +199,12 @@ class DataModule(LightningDataModule, ABC, Generic[RowT, BatchT]):
         """Return the batches of the test rows."""
         return self.loader("test")
 
+    def held_out(self, n: int) -> BatchT:
+        """Return the first n validation rows as one batch, the same on every rank; training rows where there are none."""
+        items = self.examples("validation" if self.has_validation else "train").items[:n]
+        tokens = float(sum(example.tokens for example in items))
+        return self.batch_maker(items)(MicroBatch(tuple(range(len(items))), float(len(items)), tokens))
+
     def probe_prompts(self, n: int) -> list[tuple[Prompt, str | None]]:
         """Return up to n different validation prompts with their categories, in an order that is always the same.
 

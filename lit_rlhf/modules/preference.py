@@ -14,6 +14,8 @@ from lit_rlhf.modules.policy import PolicyModule
 from lit_rlhf.specs import build_optional
 from lit_rlhf.types import LossOutput, PairLogps, PreferenceBatch, Rollout, Sequences
 
+HELD_OUT_PAIRS = 128  # enough for a margin's trend, cheap beside sampling
+
 
 class PreferenceModule(PolicyModule):
     """Trains a policy on preference pairs by a loss of the `PreferenceLoss` family.
@@ -40,6 +42,8 @@ class PreferenceModule(PolicyModule):
         self.precompute_reference = precompute_reference
         self.cache_dir = cache_dir
         self.cache: ReferenceCache | None = None
+        self._held_out_step: int | None = None
+        self._held_out: dict[str, float] = {}
         self.keep_hyper_parameters(
             loss=self.loss, precompute_reference=precompute_reference, cache_dir=cache_dir, proxy=self.proxy_scorer
         )
@@ -96,10 +100,23 @@ class PreferenceModule(PolicyModule):
         table = self.trainer.strategy.reduce(table, reduce_op="sum").cpu()
         return ReferenceCache(table[0].contiguous(), table[1].contiguous())
 
-    def probe_extras(self, rollout: Rollout, logps: Tensor, reference_logps: Tensor) -> dict[str, Tensor]:
-        """Return beta x log-ratio of the policy's own samples, [B]: beta x KL in the mean, and no proxy."""
-        log_ratio = (logps - reference_logps).sum(-1)
-        return {"implicit_reward": self.loss.beta * log_ratio}
+    def probe_extras(self, rollout: Rollout, logps: Tensor, reference_logps: Tensor) -> dict[str, Any]:
+        """Return what the probe reports of direct alignment.
+
+        `implicit_reward`, [B], is beta x log-ratio of the policy's own samples: beta x KL in the mean, and no proxy.
+        `implicit_margin` and `implicit_accuracy` are means over fixed held-out pairs, measured once a probe.
+        """
+        if self._held_out_step != self.trainer.global_step:
+            self._held_out_step, self._held_out = self.trainer.global_step, self._measure_held_out()
+        return {"implicit_reward": self.loss.beta * (logps - reference_logps).sum(-1), **self._held_out}
+
+    @torch.no_grad()
+    def _measure_held_out(self) -> dict[str, float]:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        with self._inference():
+            metrics = self.losses(data.held_out(HELD_OUT_PAIRS).to(self.device)).metrics
+        names = {"implicit_margin": "rewards/margins", "implicit_accuracy": "rewards/accuracies"}
+        return {name: metrics[metric].double().mean().item() for name, metric in names.items()}
 
 
 def pair_logps(token_logps: Tensor, sequences: Sequences) -> PairLogps:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -19,6 +19,7 @@ from lit_rlhf import __version__, commands
 from lit_rlhf.banner import StartBanner
 from lit_rlhf.data.base import DataModule
 from lit_rlhf.errors import UserError
+from lit_rlhf.loading import checkpoint_kind
 from lit_rlhf.modules.base import BaseModule
 
 OWN: dict[str, Callable[..., Any]] = {
@@ -51,6 +52,7 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand]
         if config.get("ckpt_path"):
             config.ckpt_path = str(find_checkpoint(config.ckpt_path, config.trainer.get("logger")))
+            check_kind(Path(config.ckpt_path), config.model.class_path)
             continue_folder(Path(config.ckpt_path), config.trainer.get("logger"))
 
     def instantiate_classes(self) -> None:
@@ -86,6 +88,15 @@ def find_checkpoint(name: str, logger: Any) -> Path:
     return found[-1]
 
 
+def check_kind(checkpoint: Path, class_path: str) -> None:
+    """Refuse a checkpoint file that another module, or another program, made."""
+    if checkpoint.is_dir():
+        return  # sharded; the module looks at it itself
+    kind = checkpoint_kind(checkpoint)
+    if kind.__name__ != class_path.rpartition(".")[2]:
+        raise UserError(f"--ckpt_path: {str(checkpoint)!r} was made by {kind.__name__}, not by {class_path}")
+
+
 def continue_folder(checkpoint: Path, logger: Any) -> None:
     """Log into the folder that the checkpoint lies in, if it is a run folder of this logger."""
     if not logger or isinstance(logger, bool) or "init_args" not in logger:
@@ -96,6 +107,16 @@ def continue_folder(checkpoint: Path, logger: Any) -> None:
         logger.init_args.version = folder.name
 
 
+def own_command(name: str, argv: list[str]) -> None:
+    """Parse the arguments of one of our own commands, required ones by position, and run it."""
+    function = OWN[name]
+    parser = ArgumentParser(prog=f"train.py {name}", description=(function.__doc__ or "").partition("\n")[0])
+    parser.add_function_arguments(function, as_group=False, as_positional=True, skip={"prompts"})
+    if name == "sample":
+        parser.add_argument("prompts", nargs="*", help="prompts; without them and without --file they are typed in")
+    function(**vars(parser.instantiate_classes(parser.parse_args(argv))))
+
+
 def quieten() -> None:
     """Hush what other libraries say on every run and nobody can act on; everything else is heard."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -103,9 +124,11 @@ def quieten() -> None:
         ".*isinstance\\(treespec, LeafSpec\\).*",  # torch 2.13 under Lightning 2.6
         ".*module\\(s\\) in eval mode at the start of training.*",  # the frozen reference
         ".*does not have many workers.*",  # small in-memory data
+        ".*args parameter is intended to run from within Python.*",  # it is the front door that hands them over
         ".*checkpoint directory .* exists and is not empty.*",  # a resumed run folder
     ):
         warnings.filterwarnings("ignore", message)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
 
 
@@ -117,9 +140,7 @@ def main(argv: list[str]) -> None:
     """
     quieten()
     if argv[0] in OWN:
-        from jsonargparse import auto_cli
-
-        auto_cli(OWN[argv[0]], args=argv[1:], as_positional=True, prog=f"train.py {argv[0]}")
+        own_command(argv[0], argv[1:])
         return
     CLI(
         BaseModule,
@@ -136,5 +157,5 @@ def main(argv: list[str]) -> None:
             "callbacks": [StartBanner()],
         },
         parser_kwargs={"version": __version__},
-        args=None if argv == sys.argv[1:] else argv,  # Lightning warns of arguments given twice
+        args=argv,
     )

@@ -90,7 +90,7 @@ def test_mistakes_end_in_one_message_and_status_2(name, tmp_path, capfd):
     pairs(tmp_path / "broken.jsonl", [*GOOD[:6], '{"prompt": "a", "chosen": '])
     pairs(tmp_path / "half.jsonl", [*GOOD[:2], {"prompt": "a", "chosen": "b"}, *GOOD[2:]])
     pairs(tmp_path / "empty.jsonl", [GOOD[0], {"prompt": "a", "chosen": "", "rejected": "b"}, *GOOD[2:]])
-    pairs(tmp_path / "long.jsonl", [{"prompt": "the " * 400, "chosen": "a", "rejected": "b"}])
+    pairs(tmp_path / "long.jsonl", [{"prompt": f"{i} " * 400, "chosen": "a", "rejected": "b"} for i in range(3)])
     arguments, expected = MISTAKES[name]
     assert fit("dpo", tmp_path, *(a.format(tmp=tmp_path) for a in arguments)) == 2
     message = capfd.readouterr().err
@@ -132,7 +132,7 @@ def test_sample_predict_and_export(tmp_path, capsys):
     data = tmp_path / "data.jsonl"
     assert run("label", data, "--n", "12") == 0
     capsys.readouterr()
-    assert run("sample", tmp_path / "dpo" / "version_0", '["tell me a story"]', "--n", "2", "--seed", "1") == 0
+    assert run("sample", tmp_path / "dpo" / "version_0", "tell me a story", "--n", "2", "--seed", "1") == 0
     assert capsys.readouterr().out.count("> tell me a story") == 2
     for name in ("reward", "dpo"):
         assert run("predict", tmp_path / name / "version_0", data, tmp_path / f"{name}.jsonl") == 0
@@ -148,8 +148,9 @@ def test_sample_predict_and_export(tmp_path, capsys):
 
 
 def test_resuming_continues_the_folder(tmp_path):
-    assert fit("dpo", tmp_path) == 0
-    assert fit("dpo", tmp_path, "--ckpt_path", "last", "--trainer.max_steps=4") == 0
+    # extended by epochs: what Lightning 2.6 saves when max_steps ends a run inside the plan is a position it cannot read
+    assert fit("dpo", tmp_path, "--trainer.max_steps=-1", "--trainer.max_epochs=1") == 0
+    assert fit("dpo", tmp_path, "--trainer.max_steps=-1", "--trainer.max_epochs=2", "--ckpt_path", "last") == 0
     assert [p.name for p in (tmp_path / "dpo").iterdir()] == ["version_0"]
     lines = (tmp_path / "dpo" / "version_0" / "probe.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]

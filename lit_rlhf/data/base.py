@@ -200,7 +200,7 @@ class DataModule(LightningDataModule, ABC, Generic[RowT, BatchT]):
         return self.loader("test")
 
     def held_out(self, n: int) -> BatchT:
-        """Return the first n validation rows as one batch, the same on every rank; training rows where there are none."""
+        """Return the first n validation rows as one batch, equal on every rank; training rows for want of them."""
         items = self.examples("validation" if self.has_validation else "train").items[:n]
         tokens = float(sum(example.tokens for example in items))
         return self.batch_maker(items)(MicroBatch(tuple(range(len(items))), float(len(items)), tokens))

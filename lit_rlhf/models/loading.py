@@ -80,12 +80,20 @@ def load_config(path: str, options: ModelOptions) -> Any:
 
     with _user_errors(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
-    for part in {id(part): part for part in (config, config.get_text_config())}.values():
-        for name, value in part.to_dict().items():
-            # Every architecture names its own; some act through functional dropout, which no module switch reaches.
-            if name.endswith(("dropout", "pdrop", "layerdrop")) and isinstance(value, int | float):
-                setattr(part, name, 0.0)
+    _disable_dropout(config)
     return config
+
+
+def _disable_dropout(config: Any) -> None:
+    """Set every dropout field to zero, in nested configs too; some act by function calls that no module switch reaches.
+
+    Every architecture names its own (attn_pdrop, layerdrop, hidden_dropout_prob); "drop" is what they share.
+    """
+    for name, value in list(vars(config).items()):
+        if hasattr(value, "to_dict"):
+            _disable_dropout(value)
+        elif "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
+            setattr(config, name, type(value)(0))  # strict configs refuse a float where they declare an int
 
 
 def load_model(kind: Any, path: str, options: ModelOptions, config: Any, new: tuple[str, ...] = ()) -> Any:

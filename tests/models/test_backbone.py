@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lit_rlhf.models.backbone import Backbone, LoRA, ModelOptions, evaluating
+from lit_rlhf.models.loading import load_model
 from lit_rlhf.types import Sequences, UserError
 
 LORA = ModelOptions(lora=LoRA(r=4, alpha=8))
@@ -115,6 +116,41 @@ def test_dropout_is_off_in_train_mode_also_where_it_is_functional(make_model):
     for folder in (path, noisy):
         backbone = Backbone(folder).train()
         torch.testing.assert_close(backbone(rows()), plain_logps(folder, rows()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "dropout"),
+    [
+        ("BioGptConfig", {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5, "layerdrop": 0.5}),
+        ("MptConfig", {"attn_config": {"attn_pdrop": 1}, "resid_pdrop": 0.5}),  # nested, and declared as an integer
+    ],
+)
+def test_dropout_is_off_under_whatever_name(make_model, family, dropout):
+    import transformers
+
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = getattr(transformers, family)(vocab_size=60, max_position_embeddings=64, **shape, **dropout)
+    path = make_model(config=config)
+    torch.testing.assert_close(Backbone(path).train()(rows()), plain_logps(path, rows()), rtol=0, atol=1e-5)
+
+
+def test_dropout_modules_that_no_config_field_sets_are_off_too():
+    class Stub:
+        @staticmethod
+        def from_pretrained(path, **options):
+            return torch.nn.Sequential(torch.nn.Dropout(0.5)), {"missing_keys": [], "mismatched_keys": []}
+
+    assert load_model(Stub, "anywhere", ModelOptions(), None)[0].p == 0
+
+
+def test_a_head_with_a_bias_that_is_still_zero_takes_the_exact_path(tmp_path):
+    from transformers import PhiConfig, PhiForCausalLM
+
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    PhiForCausalLM(PhiConfig(vocab_size=60, **shape)).save_pretrained(tmp_path)
+    backbone = Backbone(str(tmp_path))
+    assert not backbone.causal_lm.lm_head.bias.any()
+    assert backbone.head_path == "full"
 
 
 def test_missing_weights_are_refused_by_name(tiny_llama_path, tmp_path):

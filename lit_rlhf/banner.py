@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from time import monotonic
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -15,6 +16,26 @@ class StartBanner(Callback):
         """Print on rank 0."""
         lines = [*parameters(pl_module), batches(trainer), *trainer.datamodule.report()]  # type: ignore[attr-defined]
         rank_zero_only(print)("\n".join(lines), flush=True)
+
+
+class LineProgress(Callback):
+    """Prints a line of progress every few seconds, where no terminal could show a bar.
+
+    Args:
+        seconds: between two lines.
+    """
+
+    def __init__(self, seconds: float = 3.0) -> None:
+        self.seconds = seconds
+        self._last = 0.0
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Print on rank 0 when it is time."""
+        if trainer.is_global_zero and monotonic() - self._last > self.seconds:
+            self._last = monotonic()
+            loss = trainer.callback_metrics.get("loss")
+            shown = "" if loss is None else f", loss {loss:.4f}"
+            print(f"step {trainer.global_step} of {int(trainer.estimated_stepping_batches)}{shown}", flush=True)
 
 
 def parameters(module: LightningModule) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import callbacks  # noqa: F401 - so that configs can name what is in it
 from lit_rlhf import __version__, commands
-from lit_rlhf.banner import StartBanner
+from lit_rlhf.banner import LineProgress, StartBanner
 from lit_rlhf.data.base import DataModule
 from lit_rlhf.errors import UserError
 from lit_rlhf.loading import checkpoint_kind
@@ -154,7 +155,8 @@ def main(argv: list[str]) -> None:
             "use_distributed_sampler": False,  # the data modules plan their own steps
             "num_sanity_val_steps": 0,
             "enable_model_summary": False,  # the banner says it
-            "callbacks": [StartBanner()],
+            "enable_progress_bar": sys.stdout.isatty(),
+            "callbacks": [StartBanner()] if sys.stdout.isatty() else [StartBanner(), LineProgress()],
         },
         parser_kwargs={"version": __version__},
         args=argv,

@@ -15,8 +15,8 @@ from typing import Any
 from lit_rlhf.data.synthetic import build_tokenizer
 
 SIZES = {
-    "policy": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "proxy": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "policy": {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "proxy": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
 WINDOW = 128
 
@@ -45,6 +45,7 @@ def half(source: str, target: str) -> None:
     shutil.copytree(source, target, dirs_exist_ok=True)
     weights = Path(target) / "model.safetensors"
     save_file({k: v.to(torch.float16) for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)
     for name in ("config.json", "tokenizer_config.json"):
         path = Path(target) / name
         content = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("_name_or_path", "name_or_path")}

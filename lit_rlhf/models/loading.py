@@ -208,16 +208,18 @@ def _arguments(function: Callable[..., Any]) -> frozenset[str]:
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """Gather a possibly sharded state dict on the CPU of rank 0; the other ranks get an empty one.
 
-    A collective where the module is sharded: call it on all ranks.
+    A collective where the module is sharded: call it on all ranks. Tied weights stay one tensor under two names.
     """
     from torch.distributed.tensor import DTensor
 
-    state, keep = {}, is_writer()
-    for name, value in module.state_dict().items():
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        if keep:
-            state[name] = whole.detach().cpu()
-    return state
+    state: dict[str, Tensor] = {}
+    gathered: dict[int, Tensor] = {}
+    for name, value in module.state_dict(keep_vars=True).items():
+        if id(value) not in gathered:
+            whole = value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
+            gathered[id(value)] = whole.cpu() if is_writer() else whole.new_empty(0)
+        state[name] = gathered[id(value)]
+    return state if is_writer() else {}
 
 
 def is_writer() -> bool:

@@ -92,12 +92,13 @@ class PreferenceModule(PolicyModule):
             )
 
     def _computed(self, data: Any) -> ReferenceCache:
-        """Every rank computes its share of the pairs; the shares are added up."""
-        table = torch.zeros(2, len(data.examples("train").items), device=self.device)
+        """Every rank computes its share of the pairs; the shares are added up, and each row must have come once."""
+        table = torch.zeros(3, len(data.examples("train").items), device=self.device)
         for batch in data.loader("train"):
             live = self._live(batch)
-            table[:, batch.index] = torch.stack([live.chosen, live.rejected]).float()
+            table[:, batch.index] = torch.stack([live.chosen, live.rejected, torch.ones_like(live.chosen)]).float()
         table = self.trainer.strategy.reduce(table, reduce_op="sum").cpu()
+        assert bool((table[2] == 1).all()), "the ranks' shares of the pairs overlap or leave rows out"
         return ReferenceCache(table[0].contiguous(), table[1].contiguous())
 
     def probe_extras(self, rollout: Rollout, logps: Tensor, reference_logps: Tensor) -> dict[str, Any]:

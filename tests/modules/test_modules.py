@@ -7,6 +7,7 @@ import torch
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from safetensors.torch import load_file, save_file
 
 from callbacks import GoldProbe
 from lit_rlhf.data import PreferenceData, SFTData
@@ -192,3 +193,27 @@ def test_a_reward_model_keeps_its_scale(tmp_path):
     from transformers import AutoConfig
 
     assert AutoConfig.from_pretrained(tmp_path / "hf").score_std == pytest.approx(model.score_std.item())
+
+
+def test_precomputed_references_change_nothing_and_are_reused(tmp_path):
+    ends = []
+    for cached in (False, True, True):
+        losses = Losses()
+        module = PreferenceModule(
+            loss=DPO(beta=0.1), optimizer=FAST, precompute_reference=cached, cache_dir=str(tmp_path / "cache")
+        )
+        fit(module, pairs(), losses)
+        ends.append(losses.values)
+    assert ends[1] == pytest.approx(ends[0], abs=1e-5)
+    assert ends[1] == ends[2]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_stale_reference_cache_is_found_out(tmp_path):
+    options = {"loss": DPO(beta=0.1), "precompute_reference": True, "cache_dir": str(tmp_path)}
+    fit(PreferenceModule(**options), pairs(), steps=1)
+    (file,) = tmp_path.iterdir()
+    content = load_file(file)
+    save_file({name: value + 1 for name, value in content.items()}, file)
+    with pytest.raises(UserError, match="nats are kept but the reference gives"):
+        fit(PreferenceModule(**options), pairs(), steps=1)

@@ -51,7 +51,7 @@ rule align:
         f"{OUT}/logs/{{loss}}.log",
     params:
         config=lambda w: LOSSES[w.loss],
-        proxy=lambda w, input: input.proxy.removesuffix("/config.json"),
+        proxy=lambda w, input: str(input.proxy).removesuffix("/config.json"),
     shell:
         "OMP_NUM_THREADS=1 {TRAIN} fit --config {params.config} --data.init_args.train {input.pairs} --seed_everything {SEED}"
         " --data.init_args.gold lit_rlhf.data.synthetic.WorldGold"

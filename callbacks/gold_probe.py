@@ -33,11 +33,12 @@ class GoldProbe(pl.Callback):
     same rhythm (`every_n_train_steps`, `val_check_interval`): between two probes they see the last value again.
 
     The trained module is a `Probeable`. The data module has `probe_prompts(n)`, a list of (prompt, category), and may
-    have `gold`. A module may have three things more, by these names:
+    have `gold`. A module may have four things more, by these names:
 
     - `probe_extras(rollout, logps, reference_logps) -> dict`: `implicit_reward` as [B]; `implicit_margin`,
       `implicit_accuracy` and `constraints` as plain values that are the same on all processes. Margin and accuracy are
       otherwise those of the last validation (`val/rewards/margins`, `val/rewards/accuracies`).
+    - `label`: what the run is, in a few words.
     - `updates`: rollout cycles done; without it an update is an optimizer step.
     - `examples_seen`: prompts or pairs trained on; without it they are counted by the batches' `Share`.
 
@@ -47,7 +48,8 @@ class GoldProbe(pl.Callback):
         samples_per_prompt: responses to each; standard errors are clustered by prompt; >= 1.
         sampling: how responses are drawn; anything but temperature 1, top_p 1, top_k 0 biases KL.
         gold: the believed reward; None takes the data module's, if it has one.
-        label: name of the run for people; None takes the logger's.
+        label: name of the run for people; None takes the logger's, unless that only repeats the module's `method` or is
+            Lightning's own, then the module's `label` if it has one, and its `method` at last.
         batch_size: responses sampled in one call; >= 1.
         seed: seed of the samples, which are the same in all runs with equal policies.
         table_rows: samples in TensorBoard's text table.
@@ -157,13 +159,14 @@ class GoldProbe(pl.Callback):
 
     def _about(self, trainer: pl.Trainer, module: Any) -> records.Record:
         seen = getattr(module, "examples_seen", 0 if trainer.global_step == 0 else self._examples)
-        settings = (dict(getattr(part, "hparams", {})) for part in (module, getattr(trainer, "datamodule", None)))
+        settings = [dict(getattr(part, "hparams", {})) for part in (module, getattr(trainer, "datamodule", None))]
         seed = os.environ.get("PL_GLOBAL_SEED")  # where Lightning's seed_everything leaves it
         heldout = (trainer.callback_metrics.get(f"val/rewards/{name}") for name in ("margins", "accuracies"))
         margin, accuracy = (None if value is None else float(value) for value in heldout)
         return {
-            "method": module.method, "label": self.label or str(getattr(trainer.logger, "name", None) or module.method),
-            "seed": None if seed is None else int(seed), "config_hash": records.config_hash(*settings),
+            "method": module.method, "label": self.label or _label(trainer, module),
+            "seed": None if seed is None else int(seed),
+            "config_hash": records.config_hash(*settings, _trainer_settings(trainer)),
             "step": trainer.global_step, "epoch": trainer.current_epoch,
             "examples_seen": None if seen is None else round(float(seen)),
             "implicit_margin": margin, "implicit_accuracy": accuracy, "constraints": None,
@@ -180,3 +183,17 @@ class GoldProbe(pl.Callback):
             records.append(Path(self._folder) / records.SAMPLES, (finite(stamp | row) for row in rows))
             records.append(Path(self._folder) / records.PROBE, [record])
         show(trainer.loggers, record, rows[: self.table_rows], curve, metrics)
+
+
+def _label(trainer: pl.Trainer, module: Any) -> str:
+    name = str(getattr(trainer.logger, "name", None) or "")
+    if name not in ("", module.method, "lightning_logs"):  # the last is what Lightning calls a run without a name
+        return name
+    return str(getattr(module, "label", None) or module.method)
+
+
+def _trainer_settings(trainer: pl.Trainer) -> dict[str, Any]:
+    """What the trainer decides about the outcome, for the configuration's hash."""
+    names = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision")
+    rows = getattr(getattr(trainer, "datamodule", None), "batch_size", 1)
+    return {name: getattr(trainer, name) for name in names} | {"batch": trainer.world_size * rows}

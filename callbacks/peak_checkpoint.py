@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -30,7 +31,13 @@ class PeakCheckpoint(ModelCheckpoint):
             save_top_k=save_top_k,
             save_last=True,
             every_n_train_steps=every_n_steps,
+            enable_version_counter=False,  # one last.ckpt, also after a second resume
         )
+
+    @property
+    def state_key(self) -> str:
+        """Name the saved state; not by the monitor, which a run without gold gives up."""
+        return self._generate_state_key(every_n_train_steps=self._every_n_train_steps, save_top_k=self.save_top_k)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Save as Lightning does; give up the monitor where nothing has logged it by the first save."""
@@ -38,6 +45,11 @@ class PeakCheckpoint(ModelCheckpoint):
             rank_zero_info(f"No {self.monitor!r} is logged in this run: the latest checkpoint is kept, not the peak's.")
             self.monitor = None
         super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See to it that `last.ckpt` is the last step's, also where the run ended between two saves."""
+        if self.dirpath is not None and self._last_global_step_saved != trainer.global_step:
+            trainer.save_checkpoint(str(Path(self.dirpath) / "last.ckpt"))
 
     def _due(self, trainer: Trainer) -> bool:
         return trainer.global_step > 0 and trainer.global_step % self._every_n_train_steps == 0

@@ -8,6 +8,8 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_rlhf.modules.optimizer import planned_steps
+
 
 class StartBanner(Callback):
     """Prints parameters, batch arithmetic, the rows kept and dropped, and the first example with its mask."""
@@ -28,6 +30,11 @@ class LineProgress(Callback):
     def __init__(self, seconds: float = 3.0) -> None:
         self.seconds = seconds
         self._last = 0.0
+        self._steps = 0
+
+    def on_fit_start(self, trainer: Trainer, *_: Any) -> None:
+        """Count once."""
+        self._steps = planned_steps(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Print on rank 0 when it is time."""
@@ -35,7 +42,7 @@ class LineProgress(Callback):
             self._last = monotonic()
             loss = trainer.callback_metrics.get("loss")
             shown = "" if loss is None else f", loss {loss:.4f}"
-            print(f"step {trainer.global_step} of {int(trainer.estimated_stepping_batches)}{shown}", flush=True)
+            print(f"step {trainer.global_step} of {self._steps}{shown}", flush=True)
 
 
 def parameters(module: LightningModule) -> list[str]:
@@ -59,5 +66,5 @@ def batches(trainer: Trainer) -> str:
     size, world, accumulate = data.hparams.batch_size, trainer.world_size, trainer.accumulate_grad_batches
     return (
         f"batch: {size} a process x {world} processes x {accumulate} accumulated = {size * world * accumulate} "
-        f"a step, {int(trainer.estimated_stepping_batches)} steps"
+        f"a step, {planned_steps(trainer)} steps"
     )

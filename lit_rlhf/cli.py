@@ -15,12 +15,12 @@ from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-import callbacks  # noqa: F401 - so that configs can name what is in it
+from callbacks import Throughput
 from lit_rlhf import __version__, commands
 from lit_rlhf.banner import LineProgress, StartBanner
 from lit_rlhf.data.base import DataModule
 from lit_rlhf.errors import UserError
-from lit_rlhf.loading import checkpoint_kind
+from lit_rlhf.loading import maker
 from lit_rlhf.modules.base import BaseModule
 
 OWN: dict[str, Callable[..., Any]] = {
@@ -54,7 +54,8 @@ class CLI(LightningCLI):
         if config.get("ckpt_path"):
             config.ckpt_path = str(find_checkpoint(config.ckpt_path, config.trainer.get("logger")))
             check_kind(Path(config.ckpt_path), config.model.class_path)
-            continue_folder(Path(config.ckpt_path), config.trainer.get("logger"))
+            if self.subcommand == "fit":
+                continue_folder(Path(config.ckpt_path), config.trainer.get("logger"))
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer; what they refuse is the user's mistake."""
@@ -80,8 +81,8 @@ def find_checkpoint(name: str, logger: Any) -> Path:
         if not path.exists():
             raise UserError(f"--ckpt_path: no checkpoint at {name!r}")
         return path
-    if not logger or isinstance(logger, bool):
-        raise UserError("--ckpt_path last: the config names no logger, so there is no run folder to look in")
+    if not logger or isinstance(logger, bool | list):
+        raise UserError("--ckpt_path last: expected the config to name one logger, whose run folders are looked into")
     runs = Path(logger.init_args.save_dir) / logger.init_args.name
     found = sorted(runs.glob("version_*/checkpoints/last.ckpt"), key=lambda p: int(p.parts[-3].split("_")[1]))
     if not found:
@@ -93,14 +94,14 @@ def check_kind(checkpoint: Path, class_path: str) -> None:
     """Refuse a checkpoint file that another module, or another program, made."""
     if checkpoint.is_dir():
         return  # sharded; the module looks at it itself
-    kind = checkpoint_kind(checkpoint)
-    if kind.__name__ != class_path.rpartition(".")[2]:
-        raise UserError(f"--ckpt_path: {str(checkpoint)!r} was made by {kind.__name__}, not by {class_path}")
+    made_by = maker(checkpoint)
+    if made_by.rpartition(".")[2] != class_path.rpartition(".")[2]:
+        raise UserError(f"--ckpt_path: {str(checkpoint)!r} was made by {made_by}, not by {class_path}")
 
 
 def continue_folder(checkpoint: Path, logger: Any) -> None:
     """Log into the folder that the checkpoint lies in, if it is a run folder of this logger."""
-    if not logger or isinstance(logger, bool) or "init_args" not in logger:
+    if not logger or isinstance(logger, bool | list) or "init_args" not in logger:
         return
     folder = checkpoint.resolve().parent.parent
     runs = (Path(logger.init_args.save_dir) / logger.init_args.name).resolve()
@@ -156,7 +157,7 @@ def main(argv: list[str]) -> None:
             "num_sanity_val_steps": 0,
             "enable_model_summary": False,  # the banner says it
             "enable_progress_bar": sys.stdout.isatty(),
-            "callbacks": [StartBanner()] if sys.stdout.isatty() else [StartBanner(), LineProgress()],
+            "callbacks": [StartBanner(), Throughput(), *([] if sys.stdout.isatty() else [LineProgress()])],
         },
         parser_kwargs={"version": __version__},
         args=argv,

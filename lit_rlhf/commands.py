@@ -61,6 +61,7 @@ def predict(
     module = load(model)
     records = list(read(data))
     answer = _scored if isinstance(module, RewardModule) else _answered
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     with Path(out).open("w", encoding="utf-8") as file:
         for start in range(0, len(records), batch_size):
             chunk = records[start : start + batch_size]
@@ -93,11 +94,14 @@ def label(
     from lit_rlhf.data.synthetic import World
     from lit_rlhf.labelling import label_pairs
 
+    if n < 1:
+        raise UserError(f"n must be >= 1 pairs, got {n}")
     if source == "builtin:world":
         rows = World(seed).preference_rows(n, noise=0.0)
     else:
-        found = islice((row for record in read(source) for row in preference_rows(record)), n)
-        rows = [{key: getattr(row, key) for key in ("prompt", "chosen", "rejected", "category")} for row in found]
+        found = islice(((record, row) for record in read(source) for row in preference_rows(record)), n)
+        texts = ("prompt", "chosen", "rejected")
+        rows = [dict(record.values) | {key: getattr(row, key) for key in texts} for record, row in found]
     labelled = label_pairs(rows, _scorer(gold), noise, seed)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     Path(out).write_text("".join(json.dumps(row) + "\n" for row in labelled), encoding="utf-8")

@@ -11,7 +11,9 @@ import torch
 from lit_rlhf import modules
 from lit_rlhf.assets import resolve
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.loading import adapter_base
 from lit_rlhf.modules.base import MODULE_KEY, BaseModule
+from lit_rlhf.modules.policy import PolicyModule
 
 
 def load(name: str) -> BaseModule:
@@ -45,14 +47,22 @@ def load_checkpoint(path: Path) -> BaseModule:
         raise UserError(
             f"{str(path)!r} is sharded; `python -m lightning.pytorch.utilities.consolidate_checkpoint` first"
         )
-    kind = checkpoint_kind(path)
-    module = kind.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    kinds: list[type[BaseModule]] = [getattr(modules, name) for name in modules.__all__]
+    known = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in kinds}
+    made_by = maker(path)
+    if made_by not in known:
+        raise UserError(f"{str(path)!r} was made by {made_by}; expected one of {', '.join(known)}")
+    # a file from a stranger must not choose code to run: neither the model's own, nor a scorer's
+    safe: dict[str, Any] = {"trust_remote_code": False}
+    if issubclass(known[made_by], PolicyModule):
+        safe["proxy"] = None
+    module = known[made_by].load_from_checkpoint(path, map_location="cpu", weights_only=True, **safe)
     assert isinstance(module, BaseModule)
     return module
 
 
-def checkpoint_kind(path: Path) -> type[BaseModule]:
-    """Return the module class that made a checkpoint file, reading nothing but plain types and tensors.
+def maker(path: Path) -> str:
+    """Return the class path of the module that made a checkpoint file, reading nothing but plain types and tensors.
 
     Raises:
         UserError: the file is no checkpoint of this package.
@@ -61,12 +71,10 @@ def checkpoint_kind(path: Path) -> type[BaseModule]:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
         raise UserError(f"{str(path)!r} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
-    kinds: list[type[BaseModule]] = [getattr(modules, name) for name in modules.__all__]
-    known = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in kinds}
     made_by = content.get(MODULE_KEY) if isinstance(content, dict) else None
-    if not isinstance(made_by, str) or made_by not in known:
-        raise UserError(f"{str(path)!r} was made by {made_by or 'another program'}; expected one of {', '.join(known)}")
-    return known[made_by]
+    if not isinstance(made_by, str):
+        raise UserError(f"{str(path)!r} was made by another program; expected a checkpoint of lit_rlhf")
+    return made_by
 
 
 def load_pretrained(name: str) -> BaseModule:
@@ -78,11 +86,14 @@ def load_pretrained(name: str) -> BaseModule:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+    path = resolve(name)
+    adapter = adapter_base(path)
     try:
-        config = AutoConfig.from_pretrained(resolve(name))
+        config = AutoConfig.from_pretrained(adapter or path)
     except (OSError, ValueError) as error:
         raise UserError(f"{name!r} is no run folder, checkpoint or model: {str(error).splitlines()[0]}") from error
     scorer = set(config.architectures or []) & set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
+    scorer |= {"score.json"} if (Path(path) / "score.json").is_file() else set()  # what a LoRA reward model leaves
     kind = modules.RewardModule if scorer else modules.SFTModule
     module = kind(model_name_or_path=name)
     module.configure_model()

@@ -20,6 +20,7 @@ Record = dict[str, Any]
 PROBE = "probe.jsonl"
 SAMPLES = "samples.jsonl"
 _ODD = "backslashreplace"  # half a surrogate pair has no UTF-8, but its escape is good JSON
+_PLACES = {"seed", "model_name_or_path", "tokenizer", "train", "validation", "test", "path"}
 _ROW_KEY = ("step", "n", "prompt_index", "sample_index")
 
 
@@ -97,10 +98,12 @@ def resume(folder: str | Path, step: int) -> list[Record]:
 
 
 def config_hash(*parts: Mapping[str, Any]) -> str:
-    """Name a configuration by twelve hexadecimal digits that neither seeds nor paths change.
+    """Name a configuration by twelve hexadecimal digits that neither seeds nor places on a disk change.
 
-    Left out: keys named `seed` or ending in `_seed`, keys that start with an underscore, and strings that name
-    something on this disk. What is no plain data counts by its class.
+    Left out, by name alone so that the same configuration has one hash everywhere: keys that start with an underscore,
+    `seed`, `*_seed`, and keys that say where a model or data lies (`model_name_or_path`, `tokenizer`, `train`,
+    `validation`, `test`, `path`, `*_path` but `class_path`, `*_dir`). Runs on other models or data therefore need a
+    label of their own. What is no plain data counts by its class.
     """
     text = json.dumps([_hashable(part) for part in parts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -108,19 +111,18 @@ def config_hash(*parts: Mapping[str, Any]) -> str:
 
 def _hashable(value: Any) -> Any:
     if isinstance(value, Mapping):
-        named = {str(k): _hashable(v) for k, v in value.items() if not _is_seed(str(k))}
-        return {k: v for k, v in named.items() if not k.startswith("_")}
+        return {str(k): _hashable(v) for k, v in value.items() if not _left_out(str(k))}
     if isinstance(value, list | tuple):
         return [_hashable(item) for item in value]
-    if isinstance(value, Path) or (isinstance(value, str) and value and os.path.exists(value)):  # noqa: PTH110 - any text
-        return "path"
     if value is None or isinstance(value, str | int | float):
         return value
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def _is_seed(name: str) -> bool:
-    return name == "seed" or name.endswith("_seed")
+def _left_out(name: str) -> bool:
+    if name == "class_path":  # says what, not where
+        return False
+    return name in _PLACES or name.startswith("_") or name.endswith(("_seed", "_path", "_dir"))
 
 
 def _latest(records: list[Record]) -> list[Record]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,14 +12,15 @@ from typing import Any
 
 from lit_rlhf import records
 from lit_rlhf.errors import UserError
-from lit_rlhf.functional.curves import Curve, Estimate, Outcome, curve_of, outcome, place
+from lit_rlhf.functional.curves import RESAMPLES, Curve, Estimate, Law, Outcome, curve_of, law_of, outcome, place
+from lit_rlhf.functional.overoptimization import Interval
 from lit_rlhf.records import Record
 
 SAMPLES_SHOWN = 6
 CURVES_SHOWN = 24
 POINTS_SHOWN = 400
 _UNITS = {
-    "loss": "nats", "loss/preference": "nats", "loss/sft": "nats per token", "rewards/chosen": "beta x nats",
+    "loss": "loss", "loss/preference": "loss", "loss/sft": "beta x eta x nats", "rewards/chosen": "beta x nats",
     "rewards/rejected": "beta x nats", "rewards/margins": "beta x nats", "rewards/accuracies": "share of pairs",
     "logps/chosen": "nats per response", "logps/rejected": "nats per response", "reward/accuracy": "share of pairs",
     "reward/margin": "score", "reward/mean": "score", "reward/std": "score", "ensemble/std": "score",
@@ -74,6 +76,11 @@ class Method:
     def curve(self) -> Curve:
         """Gold and proxy against sqrt(KL)."""
         return curve_of(self.label, [run.records for run in self.runs])
+
+    @cached_property
+    def law(self) -> Law | None:
+        """The law fitted to gold, with intervals."""
+        return law_of([run.records for run in self.runs], [run.samples for run in self.runs])
 
     @cached_property
     def outcome(self) -> Outcome:
@@ -146,7 +153,7 @@ def html(methods: Sequence[Method], title: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"estimate": _estimate, "series": len(plots.SERIES)}
+    environment.globals |= {"estimate": _estimate, "drop": _drop, "within": _within, "series": len(plots.SERIES)}
     curves = [method.curve for method in methods]
     drawn = [c for c in curves if c.gold is not None or c.proxy is not None]
     overview = (
@@ -159,6 +166,8 @@ def html(methods: Sequence[Method], title: str) -> str:
     ).render(
         title=title,
         methods=methods,
+        fitted=[(method.label, method.law) for method in methods if method.law is not None],
+        resamples=RESAMPLES,
         summary=_summary([method.outcome for method in methods]),
         overview=Markup(overview),  # noqa: S704 - drawn here; matplotlib escapes labels
         each={label: Markup(svg) for label, svg in each.items()} if len(each) > 1 else {},  # noqa: S704
@@ -205,6 +214,18 @@ def _estimate(estimate: Estimate | None, style: str = ".2f") -> str:
     return format(estimate.value, style) + ("" if estimate.half is None else f" ± {format(estimate.half, style)}")
 
 
+def _drop(o: Outcome) -> str:
+    """Say the drop, or why there is none: nothing gained is not nothing known."""
+    return "no gain" if o.drop is None and o.peak_gold is not None else _estimate(o.drop, ".0%")
+
+
+def _within(value: float | None, interval: Interval | None, style: str = ".2f") -> str:
+    if value is None:
+        return "none"
+    ends = ["∞" if math.isinf(end) else format(end, style) for end in interval or ()]
+    return format(value, style) + (f" [{', '.join(ends)}]" if ends else "")
+
+
 def _text(outcomes: Sequence[Outcome]) -> str:
     heads = ("method", "seeds", "peak gold", "final gold", "drop", "KL at peak", "final KL", "win rate")
     lines = [heads, *map(_cells, outcomes)]
@@ -219,7 +240,7 @@ def _text(outcomes: Sequence[Outcome]) -> str:
 
 def _cells(o: Outcome) -> tuple[str, ...]:
     others = (_estimate(value) for value in (o.peak_kl, o.final_kl, o.win_rate))
-    golds = (_estimate(o.peak_gold), _estimate(o.final_gold), _estimate(o.drop, ".0%"))
+    golds = (_estimate(o.peak_gold), _estimate(o.final_gold), _drop(o))
     return (_printable(o.label), str(o.seeds), *golds, *others)
 
 

@@ -1,6 +1,6 @@
 """Makes the blank models of the built-in world, and stores trained ones in half precision; `make world` calls it.
 
-python -m lit_rlhf.world_models blank policy FOLDER
+python -m lit_rlhf.world_models blank policy FOLDER SEED
 python -m lit_rlhf.world_models half FOLDER FOLDER
 """
 
@@ -21,7 +21,7 @@ SIZES = {
 WINDOW = 128
 
 
-def blank(kind: str, folder: str, seed: int = 0) -> None:
+def blank(kind: str, folder: str, seed: int) -> None:
     """Write an untrained Llama of the world's vocabulary: a policy, or a proxy reward model of its smaller size."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -53,5 +53,7 @@ def half(source: str, target: str) -> None:
 
 
 if __name__ == "__main__":
-    command, first, second = sys.argv[1:]
-    (blank if command == "blank" else half)(first, second)
+    if sys.argv[1] == "blank":
+        blank(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    else:
+        half(sys.argv[2], sys.argv[3])

@@ -95,8 +95,15 @@ def main() -> int:
     cores = str(min(2, os.cpu_count() or 1))
     command = [sys.executable, "-m", "snakemake", "--snakefile", "studies/quickstart.smk", "--cores", cores]
     with (OUT / "logs" / "snakemake.log").open("wb") as log:
-        process = subprocess.Popen([*command, "--nolock", "--rerun-triggers", "mtime"], stdout=log, stderr=log)
-        watch(process, Console())
+        process = subprocess.Popen(
+            [*command, "--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime"], stdout=log, stderr=log
+        )
+        try:
+            watch(process, Console())
+        except KeyboardInterrupt:
+            process.terminate()
+            print("stopped; the same command continues", file=sys.stderr)
+            return 1
     if process.returncode:
         print(f"a stage failed; its log is in {OUT / 'logs'}:", file=sys.stderr)
         print((OUT / "logs" / "snakemake.log").read_text()[-2000:], file=sys.stderr)

@@ -7,9 +7,9 @@ SEED = int(config.get("seed", 0))
 TRAIN = f"{sys.executable} train.py"
 RUN = lambda name: f"{OUT}/{name}/version_0/hf/config.json"
 LOSSES = {
-    "dpo_small_beta": "configs/dpo.yaml --model.loss.beta 0.02",
-    "dpo_large_beta": "configs/dpo.yaml --model.loss.beta 0.2",
-    "rpo": "configs/rpo.yaml",
+    "dpo_small_beta": "configs/dpo.yaml --config configs/hardware/cpu.yaml --model.loss.beta 0.02",
+    "dpo_large_beta": "configs/dpo.yaml --config configs/hardware/cpu.yaml --model.loss.beta 0.2",
+    "rpo": "configs/rpo.yaml --config configs/hardware/cpu.yaml",
 }
 
 
@@ -35,7 +35,7 @@ rule reward:
     log:
         f"{OUT}/logs/reward.log",
     shell:
-        "OMP_NUM_THREADS=1 {TRAIN} fit --config configs/reward.yaml --data.init_args.train {input} --seed_everything {SEED}"
+        "OMP_NUM_THREADS=1 {TRAIN} fit --config configs/reward.yaml --config configs/hardware/cpu.yaml --data.init_args.train {input} --seed_everything {SEED}"
         " --trainer.logger.init_args.save_dir {OUT} --trainer.logger.init_args.version 0 > {log} 2>&1 && touch {OUT}/logs/reward.done"
 
 

@@ -199,11 +199,13 @@ class DataModule(LightningDataModule, ABC, Generic[RowT, BatchT]):
         """Return the batches of the test rows."""
         return self.loader("test")
 
-    def held_out(self, n: int) -> BatchT:
-        """Return the first n validation rows as one batch, equal on every rank; training rows for want of them."""
-        items = self.examples("validation" if self.has_validation else "train").items[:n]
-        tokens = float(sum(example.tokens for example in items))
-        return self.batch_maker(items)(MicroBatch(tuple(range(len(items))), float(len(items)), tokens))
+    def held_out(self, n: int) -> list[BatchT]:
+        """Return the first n validation rows in batches, equal on every rank; empty where there are none."""
+        if not self.has_validation:
+            return []
+        items = self.examples("validation").items[:n]
+        planner = StepPlanner([e.tokens for e in items], batch_size=self.batch_size, training=False)
+        return [self.batch_maker(items)(micro) for micro in planner.epoch(0)]
 
     def probe_prompts(self, n: int) -> list[tuple[Prompt, str | None]]:
         """Return up to n different validation prompts with their categories, in an order that is always the same.

@@ -1,6 +1,6 @@
 """Over-optimisation curves: probe records of the seeds of one method as lines with bands against sqrt(KL).
 
-Legend: S seeds, R records of a seed. Scores are in standard deviations of the step-0 samples.
+Legend: S seeds, R records of a seed, P prompts. Scores are in standard deviations of the step-0 samples.
 """
 
 from __future__ import annotations
@@ -8,16 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_rlhf.errors import UserError
 from lit_rlhf.functional.overoptimization import (
     DEGREES,
     STUDENT,
     Form,
     ScalingLaw,
+    bootstrap_scaling_law,
+    compare_forms,
     fit_scaling_law,
     overoptimization_drop,
 )
@@ -25,6 +28,7 @@ from lit_rlhf.functional.overoptimization import (
 Record = Mapping[str, Any]
 Floats = NDArray[np.float64]
 NORMAL = STUDENT[0]
+RESAMPLES = 200  # a report of many methods stays quick
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Curve:
         sqrt_kl: [R], square root of nats.
         gold: the gold score; None without a gold scorer.
         proxy: the proxy score; None without a proxy.
-        fit: the law fitted to `gold`, relative to its first point; None where it cannot be.
+        fit: the law fitted to gold, relative to its first point, without intervals; None where it cannot be.
     """
 
     label: str
@@ -72,13 +76,57 @@ def curve_of(label: str, runs: Sequence[Sequence[Record]]) -> Curve:
         label: name for people.
         runs: S lists of records, each by rising step; S >= 1.
     """
-    by_step = [{place(record): record for record in run} for run in runs]
-    steps = tuple(sorted(set.intersection(*(set(run) for run in by_step))))
-    table = [[run[step] for step in steps] for run in by_step]
+    table = _table(runs)
+    steps = tuple(place(record) for record in table[0])
     sqrt_kl = np.array([[math.sqrt(max(_kl(record), 0.0)) for record in run] for run in table]).mean(0)
     gold, proxy = (_band(table, name) for name in ("gold", "proxy"))
-    form: Form = "bon" if all("n" in record for run in table for record in run) else "rl"
-    return Curve(label, len(runs), steps, sqrt_kl, gold, proxy, _fit(sqrt_kl, gold, form))
+    points = _points(table)
+    fit = None if points is None else fit_scaling_law(points.kl, points.gold, points.form, points.se)
+    return Curve(label, len(runs), steps, sqrt_kl, gold, proxy, fit)
+
+
+@dataclass(frozen=True)
+class Law:
+    """A method's fitted law, and how well it and its rivals foretell a probe that they have not seen.
+
+    Args:
+        fit: with intervals where there are two seeds or the samples of all prompts.
+        errors: form to root mean square error of the probes left out one step at a time, all seeds together, in
+            standard deviations of the step-0 samples; empty where too few probes remain.
+    """
+
+    fit: ScalingLaw
+    errors: dict[str, float]
+
+
+def law_of(
+    runs: Sequence[Sequence[Record]], samples: Sequence[Sequence[Record]], *, resamples: int = RESAMPLES, seed: int = 0
+) -> Law | None:
+    """Fit the law of `curve_of` with intervals, by resampling seeds and prompts (`bootstrap_scaling_law`).
+
+    A probe weighs 1 / se^2, with the standard error that its record has for gold. Prompts are resampled where every
+    seed has the samples of the same prompts at all probes; else seeds alone.
+
+    Args:
+        runs: S lists of probe records, each by rising step; S >= 1.
+        samples: S lists of samples of the same runs; a list may be empty.
+        resamples: how many; >= 100.
+        seed: of the resamples.
+
+    Returns:
+        The law; None with fewer than three probes away from KL 0.
+    """
+    table = _table(runs)
+    points = _points(table)
+    if points is None:
+        return None
+    fit = fit_scaling_law(points.kl, points.gold, points.form, points.se)
+    kl, gold = _prompt_points(points, samples) or (points.kl, points.gold)
+    if gold.ndim == 3 or len(gold) > 1:
+        fit = bootstrap_scaling_law(
+            kl, gold, rng=np.random.default_rng(seed), form=points.form, se=points.se, resamples=resamples
+        )
+    return Law(fit, _errors(points))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
@@ -116,15 +164,76 @@ def _band(table: Sequence[Sequence[Record]], name: str) -> Band | None:
     return Band(middle, middle - half, middle + half)
 
 
-def _fit(sqrt_kl: Floats, gold: Band | None, form: Form) -> ScalingLaw | None:
-    """Fit the gold line where it has three points or more away from KL 0."""
-    if gold is None:
+@dataclass(frozen=True)
+class _Points:
+    """What a law is fitted to: M probes that all seeds measured.
+
+    Args:
+        places: [M], steps, or n.
+        kl: [S, M], nats.
+        gold: [S, M], standard deviations above the first probe.
+        se: [S, M], in the same unit; None where records lack it.
+        spread: [S], what a standard deviation is in gold's own unit.
+        form: of the law.
+    """
+
+    places: list[int]
+    kl: Floats
+    gold: Floats
+    se: Floats | None
+    spread: Floats
+    form: Form
+
+
+def _table(runs: Sequence[Sequence[Record]]) -> list[list[Record]]:
+    """Records [S][R] at the steps that all runs have."""
+    by_step = [{place(record): record for record in run} for run in runs]
+    steps = sorted(set.intersection(*(set(run) for run in by_step)))
+    return [[run[step] for step in steps] for run in by_step]
+
+
+def _points(table: Sequence[Sequence[Record]]) -> _Points | None:
+    """Take what is known to all seeds; None unless three probes or more stand at different KL > 0."""
+    kl = np.array([[_kl(record) for record in run] for run in table])
+    z = np.array([[_number(record.get("gold_z")) for record in run] for run in table])
+    known = np.isfinite(kl).all(0) & np.isfinite(z).all(0)
+    kl, z = kl[:, known], z[:, known]
+    away = kl.mean(0)
+    if len(np.unique(away[away > 0])) < 3:
         return None
-    known = np.isfinite(gold.middle) & np.isfinite(sqrt_kl)
-    x, y = sqrt_kl[known], gold.middle[known]
-    if len(np.unique(x[x > 0])) < 3:
+    spread = np.array([scale(run, "gold") or math.nan for run in table])
+    se = np.array([[_number(record.get("gold_se")) for record in run] for run in table])[:, known] / spread[:, None]
+    places = [place(record) for record, keep in zip(table[0], known, strict=True) if keep]
+    form: Form = "bon" if all("n" in record for run in table for record in run) else "rl"
+    return _Points(places, kl, z - z[:, :1], _floored(se), spread, form)
+
+
+def _floored(se: Floats) -> Floats | None:
+    """Lift errors of 0, of probes where all prompts scored the same by chance, to the smallest of the others."""
+    if not np.isfinite(se).all() or not (se > 0).any():
         return None
-    return fit_scaling_law(x**2, y - y[0], form=form)
+    return np.maximum(se, se[se > 0].min())
+
+
+def _prompt_points(points: _Points, samples: Sequence[Sequence[Record]]) -> tuple[Floats, Floats] | None:
+    """KL and gold of every prompt, [S, M, P] each (KL [S, M, 1] where samples lack it)."""
+    prompts = [{row["prompt_index"]: row.get("prompt") for row in rows} for rows in samples]
+    if not np.isfinite(points.spread).all() or any(those != prompts[0] for those in prompts):
+        return None
+    gold = [_by_prompt(points.places, rows, "gold") for rows in samples]
+    if any(grid is None or grid.shape[1] < 2 for grid in gold):
+        return None
+    relative = [(g - g[0]) / unit for g, unit in zip(gold, points.spread, strict=True) if g is not None]
+    kl = [grid for rows in samples if (grid := _by_prompt(points.places, rows, "kl_k1")) is not None]
+    whole = len(kl) == len(gold) and all(k.shape == g.shape for k, g in zip(kl, relative, strict=True))
+    return np.stack(kl) if whole else points.kl[..., None], np.stack(relative)
+
+
+def _errors(points: _Points) -> dict[str, float]:
+    try:
+        return compare_forms(points.kl, points.gold, points.se, np.tile(points.places, len(points.kl)))
+    except UserError:  # what is left without one step does not fix a fit
+        return {}
 
 
 def _kl(record: Record) -> float:
@@ -158,7 +267,8 @@ class Outcome:
         seeds: runs behind it.
         peak_gold: gold at the peak less gold at the start, in standard deviations of the step-0 samples.
         final_gold: the same at the end.
-        drop: share of the gain that was lost again; of several seeds, lost by all over gained by all.
+        drop: share of the gain that was lost again, mean fall over mean gain of all seeds; None where the mean gain is
+            within two standard errors of 0, since a ratio to nothing says nothing.
         peak_kl: nats at the peak.
         final_kl: nats at the end.
         win_rate: at the end, against the reference's responses.
@@ -191,50 +301,68 @@ def outcome(label: str, runs: Sequence[Sequence[Record]], samples: Sequence[Sequ
     return Outcome(
         label=label,
         seeds=len(runs),
-        peak_gold=_estimate([gain for gain, _, _ in whole]),
-        final_gold=_estimate([gain - fall for gain, fall, _ in whole]),
-        drop=_share([(gain, fall) for gain, fall, _ in whole]),
-        peak_kl=_estimate([kl for _, _, kl in whole]),
+        peak_gold=_estimate([each.gain for each in whole]),
+        final_gold=_estimate([each.gain - each.fall for each in whole]),
+        drop=_share(whole),
+        peak_kl=_estimate([each.peak_kl for each in whole]),
         final_kl=_estimate([_kl(run[-1]) for run in runs]),
         win_rate=_estimate([_number(run[-1].get("win_rate")) for run in runs]),
     )
 
 
-def _gain(run: Sequence[Record], samples: Sequence[Record]) -> tuple[float, float, float] | None:
-    """Gain, fall (standard deviations) and KL at the peak of one run."""
+class _Gain(NamedTuple):
+    """One run: gain, fall and the gain's standard error (standard deviations), and nats at the peak."""
+
+    gain: float
+    fall: float
+    error: float
+    peak_kl: float
+
+
+def _gain(run: Sequence[Record], samples: Sequence[Record]) -> _Gain | None:
     spread = scale(run, "gold")
     if spread is None:
         return None
-    gold = _by_prompt(run, samples)
-    if gold is not None:
+    gold = _by_prompt([place(record) for record in run], samples, "gold")
+    if gold is not None and gold.shape[1] >= 4:
         drop = overoptimization_drop(gold, rng=np.random.default_rng(0))
-        return drop.gain / spread, drop.fall / spread, float(np.mean([_kl(run[peak]) for peak in drop.peaks]))
+        peak_kl = float(np.mean([_kl(run[peak]) for peak in drop.peaks]))
+        return _Gain(drop.gain / spread, drop.fall / spread, drop.gain_se / spread, peak_kl)
     z = [_number(record.get("gold_z")) for record in run]
     best = int(np.nanargmax(z))
-    return z[best] - z[0], z[best] - z[-1], _kl(run[best])
+    errors = [record.get("gold_se") or 0.0 for record in (run[0], run[best])]
+    return _Gain(z[best] - z[0], z[best] - z[-1], math.hypot(*errors) / spread, _kl(run[best]))
 
 
-def _by_prompt(run: Sequence[Record], samples: Sequence[Record]) -> Floats | None:
-    """Gold of every prompt at every record, [M, P]; None unless all are there, with two records and four prompts."""
+def _by_prompt(places: Sequence[int], samples: Sequence[Record], name: str) -> Floats | None:
+    """Mean of a score over each prompt's samples, [M, P]; None unless all are there, at two places or more."""
     cells: dict[tuple[int, int], list[float]] = {}
     for row in samples:
-        if row.get("gold") is not None:
-            cells.setdefault((place(row), row["prompt_index"]), []).append(row["gold"])
+        if row.get(name) is not None:
+            cells.setdefault((place(row), row["prompt_index"]), []).append(row[name])
     prompts = sorted({prompt for _, prompt in cells})
-    grid = [[cells.get((place(record), prompt)) for prompt in prompts] for record in run]
-    if len(run) < 2 or len(prompts) < 4 or any(cell is None for line in grid for cell in line):
+    grid = [[cells.get((at, prompt)) for prompt in prompts] for at in places]
+    if len(places) < 2 or not prompts or any(cell is None for line in grid for cell in line):
         return None
-    return np.array([[np.mean(cell or []) for cell in line] for line in grid])
+    return np.array([[sum(cell or []) / len(cell or [0]) for cell in line] for line in grid])
 
 
-def _share(gains: Sequence[tuple[float, float]]) -> Estimate | None:
-    """Sum of falls over sum of gains, with the interval of a ratio of means (linearised)."""
-    gained, lost = (float(sum(column)) for column in zip(*gains, strict=True)) if gains else (0.0, 0.0)
-    if not gained > 0:
+def _share(gains: Sequence[_Gain]) -> Estimate | None:
+    """Mean fall over mean gain, with the t-interval over seeds of a ratio of means (linearised).
+
+    None when the mean gain is within two of its standard errors: over prompts, or over seeds where that is larger.
+    """
+    if not gains:
         return None
-    share = lost / gained
-    _, half = interval([fall - share * gain for gain, fall in gains])
-    return Estimate(share, None if half is None else half * len(gains) / gained)
+    gain, fall = (float(np.mean([each[i] for each in gains])) for i in range(2))
+    errors = [math.hypot(*(each.error for each in gains)) / len(gains)]
+    if len(gains) > 1:
+        errors.append(float(np.std([each.gain for each in gains], ddof=1)) / math.sqrt(len(gains)))
+    if not gain > 2 * max(errors):
+        return None
+    share = fall / gain
+    _, half = interval([each.fall - share * each.gain for each in gains])
+    return Estimate(share, None if half is None else half / gain)
 
 
 def _estimate(values: Sequence[float]) -> Estimate | None:

@@ -232,7 +232,7 @@ class Drop:
     """What a run gained and lost again, measured on prompts that did not choose the peak.
 
     Args:
-        share: fall / gain; None when nothing was gained. 1 is all of it, above 1 ends below the start.
+        share: fall / gain; None when gain <= 2 gain_se: nothing was gained. Above 1 the end lies below the start.
         gain: gold at the peak less gold at the start.
         fall: gold at the peak less gold at the end; below 0 by noise alone when there was no fall.
         gain_se: standard error of `gain` over prompts.
@@ -277,7 +277,7 @@ def overoptimization_drop(gold: ArrayLike, *, rng: np.random.Generator) -> Drop:
     differences = at_peak - others[[0, -1]]
     gain, fall = differences.mean(1).tolist()
     gain_se, fall_se = (differences.std(1, ddof=1) / math.sqrt(values.shape[1])).tolist()
-    return Drop(fall / gain if gain > 0 else None, gain, fall, gain_se, fall_se, peaks)
+    return Drop(fall / gain if gain > 2 * gain_se else None, gain, fall, gain_se, fall_se, peaks)
 
 
 def proxy_gap(proxy_z: float | None, gold_z: float | None) -> float | None:

@@ -216,7 +216,7 @@ def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
     gathered: dict[int, Tensor] = {}
     for name, value in module.state_dict(keep_vars=True).items():
         if id(value) not in gathered:
-            whole = value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
+            whole = value.full_tensor().detach() if isinstance(value, DTensor) else value.detach()
             gathered[id(value)] = whole.cpu() if is_writer() else whole.new_empty(0)
         state[name] = gathered[id(value)]
     return state if is_writer() else {}

@@ -9,6 +9,7 @@ are of the temperature-scaled distribution before top-k and top-p, the one that 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -32,7 +33,7 @@ def sample(
         backbone: the policy; its modes are as before afterwards.
         prompts: B rows of P columns, padded on the left; only ids and attention mask are read.
         generator: B CPU generators, one a row.
-        sampling: temperature, top-k, top-p, limit.
+        sampling: temperature, top-k, top-p, limit; a row that reaches the context window first stops there.
         stop_ids: tokens that end a response.
 
     Returns:
@@ -41,9 +42,9 @@ def sample(
         ended on a stop token.
 
     Raises:
-        UserError: prompt and response do not fit into the context window.
+        UserError: a prompt fills the context window alone.
     """
-    _check(backbone, prompts, generator, sampling)
+    _check(backbone, prompts, generator)
     device = prompts.ids.device
     uniforms = torch.stack([torch.rand(sampling.max_new_tokens, generator=g) for g in generator]).to(device)
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
@@ -99,6 +100,7 @@ def _decode(
     from transformers import DynamicCache
 
     cache = DynamicCache(config=backbone.causal_lm.config)
+    window = backbone.context_window or sys.maxsize
     mask, positions = prompts.attention_mask, prompts.position_ids
     alive = torch.ones_like(mask[:, 0])
     column, steps = prompts.ids, []
@@ -106,8 +108,8 @@ def _decode(
         ids, logps = draw(backbone.next_logits(column, mask, positions, cache), uniform, sampling)
         steps.append((ids, alive, logps.masked_fill(~alive, 0)))
         mask = torch.cat([mask, alive[:, None]], -1)
-        positions = positions[:, -1:] + 1
-        alive = alive & ~torch.isin(ids, stops)
+        positions = (positions[:, -1:] + 1).clamp_max(window - 1)  # rows that are done may stay at the edge
+        alive = alive & ~torch.isin(ids, stops) & (positions[:, -1] + 1 < window)
         column = ids[:, None]
         if not _any(alive, everywhere=backbone.sharded):
             break
@@ -123,12 +125,9 @@ def _any(flags: Tensor, *, everywhere: bool) -> bool:
     return bool(flag)
 
 
-def _check(backbone: Backbone, prompts: Sequences, generator: Sequence[torch.Generator], sampling: Sampling) -> None:
+def _check(backbone: Backbone, prompts: Sequences, generator: Sequence[torch.Generator]) -> None:
     assert len(generator) == len(prompts.ids), "one generator a row"
     assert bool(prompts.attention_mask[:, -1].all()), "prompts are padded on the left"
     longest, window = int(prompts.attention_mask.sum(-1).max()), backbone.context_window
-    if window is not None and longest + sampling.max_new_tokens > window:
-        raise UserError(
-            f"a prompt of {longest} tokens and sampling.max_new_tokens={sampling.max_new_tokens} do not fit into the "
-            f"model's window of {window} tokens"
-        )
+    if window is not None and longest >= window:
+        raise UserError(f"a prompt of {longest} tokens fills the model's window of {window} tokens")

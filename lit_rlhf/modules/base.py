@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lit_rlhf.encoding import Encoder
 from lit_rlhf.models.backbone import LoRA, ModelOptions
-from lit_rlhf.modules.optimizer import Optimizer
+from lit_rlhf.modules.optimizer import Optimizer, planned_steps
 from lit_rlhf.specs import build, build_optional, plain
 from lit_rlhf.types import UserError
 
@@ -40,7 +40,7 @@ class BaseModule(LightningModule):
         model_name_or_path: str = "builtin:policy",
         optimizer: Optimizer | None = None,
         *,
-        dtype: str = "float32",
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         attn_implementation: str | None = None,
         activation_checkpointing: bool = False,
         trust_remote_code: bool = False,
@@ -51,7 +51,7 @@ class BaseModule(LightningModule):
         self.model_name_or_path = model_name_or_path
         self.optimizer_options = build_optional(optimizer, Optimizer) or Optimizer()
         self.options = ModelOptions(
-            dtype=dtype,  # type: ignore[arg-type]
+            dtype=dtype,
             attn_implementation=attn_implementation,
             activation_checkpointing=activation_checkpointing,
             trust_remote_code=trust_remote_code,
@@ -96,8 +96,18 @@ class BaseModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Take the encoder of the data, so that training, sampling and scoring make ids in one way."""
         datamodule = getattr(self.trainer, "datamodule", None)
-        if datamodule is not None:
-            self.encoder = datamodule.encoder
+        if datamodule is None:
+            return
+        self.encoder = datamodule.encoder
+        if datamodule.tokenizer != self.model_name_or_path:
+            own = Encoder.from_pretrained(
+                self.model_name_or_path, trust_remote_code=self.options.trust_remote_code
+            ).tokenizer
+            if own.get_vocab() != datamodule.encoder.tokenizer.get_vocab():
+                raise UserError(
+                    f"the data are tokenised for {datamodule.tokenizer!r}, and {self.model_name_or_path!r} has another "
+                    "vocabulary; give the data module tokenizer=the model's path"
+                )
 
     @abstractmethod
     def export(self, folder: str, *, merge: bool = False) -> None:
@@ -114,7 +124,7 @@ class BaseModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Return the optimizer over the trainable parameters and its schedule, one tick an optimizer step."""
         optimizer = self.optimizer_options.build(p for p in self.parameters() if p.requires_grad)
-        schedule = self.optimizer_options.schedule_for(optimizer, int(self.trainer.estimated_stepping_batches))
+        schedule = self.optimizer_options.schedule_for(optimizer, planned_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def log_means(self, metrics: Mapping[str, Tensor], loss: Tensor) -> None:
@@ -125,7 +135,8 @@ class BaseModule(LightningModule):
             loss: [B] or [tokens], what is minimised, logged as the mean.
         """
         columns = {"loss": loss.detach(), **metrics}
-        sums = [column.double().sum() for column in columns.values()]
+        wide = torch.float32 if loss.device.type == "mps" else torch.float64
+        sums = [column.to(wide).sum() for column in columns.values()]
         counts = [sums[0].new_tensor(column.numel()) for column in columns.values()]
         table = torch.stack([torch.stack(sums), torch.stack(counts)])
         if dist.is_available() and dist.is_initialized():
@@ -141,10 +152,11 @@ class BaseModule(LightningModule):
         self.log_dict(means, batch_size=1)
 
     def log_validation(self, metrics: Mapping[str, Tensor]) -> None:
-        """Log means over all validation examples of all ranks under `val/`."""
+        """Log means over all validation examples of all ranks under `val/`, over test examples under `test/`."""
+        stage = "test" if self.trainer.testing else "val"
         for name, values in metrics.items():
-            mean = values.double().mean().float()
-            self.log(f"val/{name}", mean, batch_size=values.numel(), sync_dist=True, on_step=False, on_epoch=True)
+            mean = values.float().mean()
+            self.log(f"{stage}/{name}", mean, batch_size=values.numel(), sync_dist=True, on_step=False, on_epoch=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave frozen weights out: they are the model's at `model_name_or_path`."""

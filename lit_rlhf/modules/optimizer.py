@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,12 +10,36 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lit_rlhf.types import UserError
+
 KINDS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
     "rmsprop": torch.optim.RMSprop,
     "sgd": torch.optim.SGD,
 }
+
+
+def planned_steps(trainer: Any) -> int:
+    """Return how many optimizer steps a run will take, from its plan alone.
+
+    Lightning's `estimated_stepping_batches` builds the train loader to count; built before a checkpoint's position is
+    restored, that loader would never learn of it, and a run resumed inside an epoch would start the epoch anew.
+
+    Raises:
+        UserError: the run has no end, so no schedule can be laid over it.
+    """
+    if not hasattr(trainer.datamodule, "loader"):  # somebody else's data
+        return int(trainer.estimated_stepping_batches)
+    micro_batches = len(trainer.datamodule.loader("train", training=True))
+    limit = trainer.limit_train_batches
+    micro_batches = min(micro_batches, limit) if isinstance(limit, int) else int(micro_batches * limit)
+    epoch = math.ceil(micro_batches / trainer.accumulate_grad_batches)
+    bounds = [trainer.max_steps] if trainer.max_steps >= 0 else []
+    bounds += [trainer.max_epochs * epoch] if (trainer.max_epochs or -1) >= 0 else []
+    if not bounds:
+        raise UserError("trainer.max_epochs and trainer.max_steps are both -1; expected one of them to end the run")
+    return min(bounds)
 
 
 @dataclass(frozen=True)
@@ -46,6 +71,8 @@ class Optimizer:
             raise ValueError(f"optimizer.name must be one of {', '.join(KINDS)}, got {self.name!r}")
         if not self.lr > 0:
             raise ValueError(f"optimizer.lr must be > 0, got {self.lr}")
+        if self.weight_decay < 0:
+            raise ValueError(f"optimizer.weight_decay must be >= 0, got {self.weight_decay}")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"optimizer.warmup_ratio must be in [0, 1], got {self.warmup_ratio}")
 

@@ -15,7 +15,7 @@ from lit_rlhf.models.sampling import sample
 from lit_rlhf.models.scorers import HFRewardModel
 from lit_rlhf.modules.base import BaseModule, freeze
 from lit_rlhf.specs import build_optional
-from lit_rlhf.types import Prompt, Rollout, Sampling, Scorer, Scores, Sequences, UserError
+from lit_rlhf.types import Prompt, Rollout, Sampling, Scorer, Scores, Sequences
 
 
 class PolicyModule(BaseModule):
@@ -69,26 +69,16 @@ class PolicyModule(BaseModule):
     def sample(self, prompts: list[Prompt], generator: Sequence[torch.Generator], sampling: Sampling) -> Rollout:
         """Draw one response per prompt, each row from its own generator.
 
-        The limit on new tokens shrinks where the longest prompt of the call leaves less room in the model's window.
+        A row that reaches the end of the model's window stops there, whatever the limit on new tokens.
         """
         assert self.policy is not None
         encoder = self.text_encoder()
         rows = encoder.collate_prompts(prompts).to(self.device)
-        sampling = self._fitting(sampling, rows.ids.shape[1])
         with self._inference():
             sequences, sampler_logps, ended = sample(self.policy, rows, generator, sampling, encoder.stop_ids)
             logps = self.logps(sequences, sampling.temperature)[:, -sampler_logps.shape[1] :]
         texts = [encoder.response_text(ids[keep].tolist()) for ids, keep in zip(*_rows(sequences), strict=True)]
         return Rollout(prompts, texts, sequences, logps, sampler_logps, ended, sampling)
-
-    def _fitting(self, sampling: Sampling, prompt_length: int) -> Sampling:
-        assert self.policy is not None
-        window = self.policy.context_window
-        if window is None or prompt_length + sampling.max_new_tokens <= window:
-            return sampling
-        if prompt_length >= window:
-            raise UserError(f"a prompt of {prompt_length} tokens fills the model's window of {window} tokens")
-        return replace(sampling, max_new_tokens=window - prompt_length)
 
     def reference_logps(self, rollout: Rollout) -> Tensor:
         """Return the reference's token log-probabilities of the samples, [B, T], 0 outside the mask."""

@@ -12,7 +12,7 @@ from lit_rlhf.functional.preference import DPO, PreferenceLoss
 from lit_rlhf.models.reference_cache import ReferenceCache, fingerprint
 from lit_rlhf.modules.policy import PolicyModule
 from lit_rlhf.specs import build_optional
-from lit_rlhf.types import LossOutput, PairLogps, PreferenceBatch, Rollout, Sequences
+from lit_rlhf.types import LossOutput, PairLogps, PreferenceBatch, Rollout, Sequences, UserError
 
 HELD_OUT_PAIRS = 128  # enough for a margin's trend, cheap beside sampling
 
@@ -39,6 +39,7 @@ class PreferenceModule(PolicyModule):
         super().__init__(**base)
         self.loss = build_optional(loss, PreferenceLoss) or DPO(beta=0.1)
         self.method = type(self.loss).__name__.lower()
+        self.label = f"{self.method} beta {self.loss.beta:g}"
         self.precompute_reference = precompute_reference
         self.cache_dir = cache_dir
         self.cache: ReferenceCache | None = None
@@ -75,13 +76,17 @@ class PreferenceModule(PolicyModule):
         if not self.precompute_reference:
             return
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        name = fingerprint(self.model_name_or_path, self.text_encoder(), data.fingerprint, dtype=self.options.dtype)
+        settings = {"dtype": self.options.dtype, "attn": self.options.attn_implementation}
+        settings["precision"] = str(self.trainer.precision)
+        name = fingerprint(self.model_name_or_path, self.text_encoder(), data.fingerprint, **settings)
         self.cache = ReferenceCache.load(self.cache_dir, name)
         first = next(iter(data.loader("train")))
-        if self.cache is None:
+        if not self.trainer.strategy.broadcast(self.cache is not None):  # rank 0 decides: all compute, or none
             self.cache = self._computed(data)
             if self.trainer.is_global_zero:
                 rank_zero_info(f"reference log-probabilities kept in {self.cache.save(self.cache_dir, name)}")
+        if self.cache is None:
+            raise UserError(f"{self.cache_dir!r} holds the reference's log-probabilities on rank 0's disk, not on this")
         live = self._live(first)
         self.cache.verify(first.index, live.chosen.cpu(), live.rejected.cpu())
 
@@ -115,9 +120,10 @@ class PreferenceModule(PolicyModule):
     def _measure_held_out(self) -> dict[str, float]:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         with self._inference():
-            metrics = self.losses(data.held_out(HELD_OUT_PAIRS).to(self.device)).metrics
+            found = [self.losses(batch.to(self.device)).metrics for batch in data.held_out(HELD_OUT_PAIRS)]
         names = {"implicit_margin": "rewards/margins", "implicit_accuracy": "rewards/accuracies"}
-        return {name: metrics[metric].double().mean().item() for name, metric in names.items()}
+        columns = {name: [metrics[metric] for metrics in found] for name, metric in names.items()}
+        return {name: torch.cat(column).mean().item() for name, column in columns.items() if column}
 
 
 def pair_logps(token_logps: Tensor, sequences: Sequences) -> PairLogps:

@@ -34,6 +34,6 @@ class SFTModule(PolicyModule):
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
         """Log the mean negative log-likelihood a token."""
         nll = -self.logps(batch.sequences)
-        self.log_validation({"loss/sft": nll[batch.sequences.response_mask]})
+        self.log_validation({"loss": nll[batch.sequences.response_mask]})
 
     test_step = validation_step

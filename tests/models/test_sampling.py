@@ -207,10 +207,18 @@ def test_sampling_leaves_modes_and_gradients_as_they_were(tiny_llama_path):
     assert backbone(sequences).requires_grad
 
 
-def test_a_response_that_cannot_fit_is_refused(tiny_gpt2_path):
-    with pytest.raises(UserError, match=r"prompt of 6 tokens and sampling\.max_new_tokens=59 .* 64 tokens"):
-        sample(
-            Backbone(tiny_gpt2_path), left_padded(PROMPTS), generators(1, 2, 3, 4), Sampling(max_new_tokens=59), STOP
-        )
-    # 58 fit: positions count real tokens, so that padding takes no room
-    sample(Backbone(tiny_gpt2_path), left_padded(PROMPTS), generators(1, 2, 3, 4), Sampling(max_new_tokens=58), STOP)
+def test_each_row_stops_at_the_window_by_itself(tiny_gpt2_path):
+    backbone, long = Backbone(tiny_gpt2_path), Sampling(max_new_tokens=100)
+    rows = left_padded(PROMPTS)
+    sequences, _, _ = sample(backbone, rows, generators(1, 2, 3, 4), long, ())
+    lengths = rows.attention_mask.sum(-1)
+    assert sequences.response_lengths.tolist() == (64 - lengths).tolist()
+    for i, prompt in enumerate(PROMPTS):  # batch-mates change nothing
+        alone, _, _ = sample(backbone, left_padded([prompt]), generators(i + 1), long, ())
+        assert alone.ids[alone.response_mask].equal(sequences.ids[i][sequences.response_mask[i]])
+
+
+def test_a_prompt_that_fills_the_window_is_refused(tiny_gpt2_path):
+    rows = left_padded([PROMPTS[0] * 64])
+    with pytest.raises(UserError, match=r"a prompt of \d+ tokens fills the model's window of 64 tokens"):
+        sample(Backbone(tiny_gpt2_path), rows, generators(1), Sampling(max_new_tokens=4), STOP)

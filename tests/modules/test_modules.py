@@ -134,18 +134,20 @@ def test_checkpoints_leave_frozen_weights_out_and_reload_weights_only(tmp_path):
         assert torch.equal(again.reference_token_logps(batch), module.reference_token_logps(batch))
 
 
-@pytest.mark.parametrize("stop", [2, 3])
+@pytest.mark.parametrize("stop", [2, 4, 6, 8])
 def test_resuming_equals_not_having_stopped(tmp_path, stop):
     whole, first, second = Losses(), Losses(), Losses()
+    plan = {"steps": -1, "max_epochs": 2}  # six steps an epoch
     straight = PreferenceModule(loss=DPO(beta=0.1), optimizer=Optimizer(lr=1e-3, warmup_ratio=0.5))
-    fit(straight, pairs(), whole, steps=8)
+    fit(straight, pairs(), whole, **plan)
     saver = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=stop, save_top_k=-1, filename="{step}")
     # the schedule needs the same horizon, so the run is cut inside, as a kill would
     options = {"loss": DPO(beta=0.1), "optimizer": Optimizer(lr=1e-3, warmup_ratio=0.5)}
     with pytest.raises(KeyboardInterrupt):
-        fit(PreferenceModule(**options), pairs(), first, saver, Kill(stop + 1), steps=8)
+        fit(PreferenceModule(**options), pairs(), first, saver, Kill(stop + 1), **plan)
     resumed = PreferenceModule(**options)
-    fit(resumed, pairs(), second, saver, steps=8, ckpt_path=tmp_path / f"step={stop}.ckpt")
+    fit(resumed, pairs(), second, saver, **plan, ckpt_path=tmp_path / f"step={stop}.ckpt")
+    assert len(whole.values) == 12
     assert first.values[:stop] + second.values == whole.values
     for name, value in state(straight).items():
         assert torch.equal(state(resumed)[name], value), name

@@ -127,6 +127,7 @@ def quieten() -> None:
         ".*module\\(s\\) in eval mode at the start of training.*",  # the frozen reference
         ".*does not have many workers.*",  # small in-memory data
         ".*args parameter is intended to run from within Python.*",  # it is the front door that hands them over
+        ".*dirpath has changed from.*",  # a checkpoint from elsewhere, on purpose
         ".*checkpoint directory .* exists and is not empty.*",  # a resumed run folder
     ):
         warnings.filterwarnings("ignore", message)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lit_rlhf.front import main
 
@@ -148,10 +149,67 @@ def test_sample_predict_and_export(tmp_path, capsys):
 
 
 def test_resuming_continues_the_folder(tmp_path):
-    # extended by epochs: what Lightning 2.6 saves when max_steps ends a run inside the plan is a position it cannot read
+    # extended by epochs: when max_steps ends a run inside its plan, Lightning 2.6 saves a position that it cannot read
     assert fit("dpo", tmp_path, "--trainer.max_steps=-1", "--trainer.max_epochs=1") == 0
     assert fit("dpo", tmp_path, "--trainer.max_steps=-1", "--trainer.max_epochs=2", "--ckpt_path", "last") == 0
     assert [p.name for p in (tmp_path / "dpo").iterdir()] == ["version_0"]
     lines = (tmp_path / "dpo" / "version_0" / "probe.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]
     assert steps == [0, 2, 4]
+
+
+def test_last_is_the_last_step_and_resuming_twice_goes_on(tmp_path, tiny_gpt2_path):
+    data = pairs(tmp_path / "own.jsonl", GOOD)
+    arguments = ["--model.init_args.model_name_or_path", tiny_gpt2_path, "--data.init_args.train", data]
+    arguments += ["--data.init_args.batch_size=4", "--trainer.max_steps=-1"]
+    for epochs in (1, 2, 3):
+        more = ["--ckpt_path", "last"] if epochs > 1 else []
+        assert fit("dpo", tmp_path, *arguments, f"--trainer.max_epochs={epochs}", *more) == 0
+        folder = tmp_path / "dpo" / "version_0"
+        checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())
+        assert checkpoints.count("last.ckpt") == 1
+        assert "last-v1.ckpt" not in checkpoints
+        last = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+        steps = [json.loads(line)["step"] for line in (folder / "probe.jsonl").read_text().splitlines()]
+        assert last["global_step"] == steps[-1] == epochs * steps[1]
+
+
+def test_validating_leaves_the_run_folder_as_it_was(tmp_path):
+    assert fit("reward", tmp_path) == 0
+    config = tmp_path / "reward" / "version_0" / "config.yaml"
+    before = config.read_text()
+    assert run(
+        "validate", "--config", ROOT / "configs/reward.yaml", "--ckpt_path", config.parent / "checkpoints/last.ckpt",
+        "--trainer.logger.init_args.save_dir", tmp_path, "--data.init_args.limit=64", "--trainer.limit_val_batches=1",
+    ) == 0  # fmt: skip
+    assert config.read_text() == before
+
+
+def test_a_strangers_checkpoint_runs_no_code(tmp_path):
+    assert fit("dpo", tmp_path) == 0
+    path = tmp_path / "dpo" / "version_0" / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    scorer = {"class_path": "lit_rlhf.models.scorers.FunctionScorer", "init_args": {"function": "evil:run"}}
+    content["hyper_parameters"] |= {"trust_remote_code": True, "proxy": scorer}
+    torch.save(content, path)
+    sys.path.insert(0, str(tmp_path))
+    try:
+        assert run("sample", tmp_path / "dpo" / "version_0", "tell me a story") == 0
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_exported_adapter_is_read_back(tmp_path, capsys):
+    assert fit("dpo", tmp_path, "--model.init_args.lora.r=4") == 0
+    capsys.readouterr()
+    for place in ("", "hf"):
+        assert run("sample", tmp_path / "dpo" / "version_0" / place, "tell me a story", "--seed", "5") == 0
+    shown = capsys.readouterr().out.split("> tell me a story")
+    assert shown[1] == shown[2]
+
+
+def test_the_shipped_proxies_differ():
+    files = [ROOT / "lit_rlhf" / "assets" / f"proxy-{i}" / "model.safetensors" for i in range(5)]
+    assert len({path.read_bytes() for path in files}) == 5

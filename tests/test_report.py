@@ -134,6 +134,27 @@ def test_seeds_group_and_the_table_tells(runs, page):
     assert "The largest loss after a peak" in page.read_text()
 
 
+def test_laws_come_with_intervals_and_rivals(runs, page):
+    text = page.read_text()
+    fit = report.load(runs)[0].law.fit
+    low, high = fit.peak_kl_interval
+    assert f"<td>{fit.peak_kl:.1f} [{low:.1f}, {high:.1f}]" in text
+    assert "resamples<br>without peak" in text
+    assert "Which law predicts best" in text
+    assert report._within(1.0, (0.5, math.inf)) == "1.00 [0.50, ∞]"
+    assert report._within(None, None) == "none"
+
+
+def test_a_run_that_gained_nothing_says_so(tmp_path):
+    make_run(tmp_path / "down", beta=-0.5, points=1)
+    flat = [{"step": s, "kl_k1": s, "gold": 1 - s, "gold_z": -s, "gold_se": 0.1} for s in range(3)]
+    records.append(tmp_path / "flat" / records.PROBE, flat)
+    lines = report.table_text([tmp_path / "flat", tmp_path / "down"]).splitlines()
+    assert "no gain" in lines[2]
+    assert "no gain" not in lines[3]
+    assert "<td>no gain</td>" in report.html(report.load([tmp_path / "flat"]), "t")
+
+
 def test_a_parent_folder_stands_for_its_runs_and_a_rerun_replaces(runs, tmp_path):
     assert len(report.load([runs[0].parent])) == 3
     make_run(tmp_path / "a", seed=1)

@@ -148,7 +148,8 @@ def scale(records: Sequence[Record], name: str) -> float | None:
     known = sorted((r[f"{name}_z"], r[name]) for r in records if r.get(f"{name}_z") is not None)
     if len(known) < 2 or not known[-1][0] > known[0][0]:
         return None
-    return float((known[-1][1] - known[0][1]) / (known[-1][0] - known[0][0]))
+    spread = float((known[-1][1] - known[0][1]) / (known[-1][0] - known[0][0]))
+    return spread if spread > 0 else None
 
 
 def _band(table: Sequence[Sequence[Record]], name: str) -> Band | None:

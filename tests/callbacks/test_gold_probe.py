@@ -302,7 +302,8 @@ def test_a_resumed_run_has_neither_gap_nor_doubled_step(tmp_path):
         (step, i) for step in (0, 4, 8, 12) for i in range(40)
     ]
     timeless = [
-        [{k: v for k, v in r.items() if k != "seconds"} for r in records.read_probe(f)] for f in (straight, folder)
+        [{k: v for k, v in r.items() if k not in {"seconds", "config_hash"}} for r in records.read_probe(f)]
+        for f in (straight, folder)
     ]
     assert timeless[0][:2] == timeless[1][:2]
     assert timeless[1][-1]["win_rate"] is not None
@@ -316,7 +317,8 @@ def test_a_record_swallowed_by_a_kill_is_measured_again(tmp_path):
     fit(tmp_path, probe(every_n_steps=6), keep(tmp_path, 6), ckpt_path=tmp_path / "ck" / "step=6.ckpt")
     after = lines(folder, records.PROBE)
     assert [r["step"] for r in after] == [0, 6, 12]
-    free = {"seconds": 0, "epoch": 0}  # Lightning resumes at the start of the next epoch
+    # Lightning resumes at the start of the next epoch; the first run was configured to end sooner
+    free = {"seconds": 0, "epoch": 0, "config_hash": ""}
     assert after[1] | free == before[1] | free
 
 
@@ -362,6 +364,47 @@ def test_seeds_group_by_their_hash_and_examples_are_counted(tmp_path):
     tokens, samples = (events.Scalars(f"perf/{name}_per_second") for name in ("tokens", "samples"))
     assert [e.step for e in tokens] == [2, 4, 6]
     assert tokens[0].value / samples[0].value == pytest.approx(8, rel=1e-4)
+
+
+class Named(Policy):
+    label = "toy beta 0.1"
+
+
+@pytest.mark.parametrize(
+    ("configured", "logger", "module", "expected"),
+    [
+        ("mine", "run", Named, "mine"),
+        (None, "run", Named, "run"),
+        (None, "toy", Named, "toy beta 0.1"),
+        (None, "lightning_logs", Named, "toy beta 0.1"),
+        (None, None, Policy, "toy"),
+    ],
+)
+def test_a_run_is_called_by_the_most_telling_name(tmp_path, configured, logger, module, expected):
+    logger = TensorBoardLogger(tmp_path, name=logger)
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=logger, max_steps=1, enable_progress_bar=False, enable_checkpointing=False,
+        enable_model_summary=False, limit_val_batches=0, log_every_n_steps=1,
+        callbacks=[probe(label=configured, n_prompts=2)],
+    )  # fmt: skip
+    trainer.fit(module(), datamodule=Data())
+    assert records.read_probe(logger.log_dir)[0]["label"] == expected
+
+
+def test_trainer_settings_tell_configurations_apart_and_seeds_do_not(tmp_path):
+    def digest(name, **options):
+        _, _, folder = fit(tmp_path / name, probe(n_prompts=2), **options)
+        last = records.read_probe(folder)[-1]
+        assert last["sampling"] == {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 6}
+        return last["config_hash"]
+
+    plain = digest("a", max_steps=1)
+    assert plain == digest("b", max_steps=1)
+    others = [
+        digest("c", max_steps=2), digest("d", max_steps=1, gradient_clip_val=1.0),
+        digest("e", max_steps=1, accumulate_grad_batches=2),
+    ]  # fmt: skip
+    assert len({plain, *others}) == 4
 
 
 def test_mistakes_are_told(tmp_path):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lit_rlhf.functional.curves import curve_of, interval, outcome, place, scale
+from lit_rlhf.functional.curves import curve_of, interval, law_of, outcome, place, scale
 
 
 def line(step, kl, z, **changes):
@@ -62,6 +62,68 @@ def test_the_law_is_found_again():
     assert law.peak_kl == pytest.approx(math.e**2, rel=1e-9)
 
 
+def test_the_law_weighs_points_by_their_errors():
+    """A point with a huge error has no say, and one whose error is 0 by chance has no more than the surest other."""
+    run = [line(i, d**2, d * (1 - 0.5 * math.log(d)) if d else 0) for i, d in enumerate([0, 1, 2, 3, 4])]
+    wild = [*run, line(5, 25, 40, gold_se=1e6)]
+    assert curve_of("a", [wild]).fit.beta == pytest.approx(0.5, rel=1e-6)
+    even = curve_of("a", [[*run, line(5, 25, 40)]]).fit
+    assert even.beta < 0
+    assert curve_of("a", [[*run, line(5, 25, 40, gold_se=0.0)]]).fit == even
+    assert curve_of("a", [[*run, line(5, 25, 40, gold_se=None)]]).fit.beta == pytest.approx(even.beta, rel=1e-9)
+
+
+def noisy(seed, *, points=7, prompts=64, samples=True):
+    """Records and samples of gold 10 + 2 d (1 - 0.5 log d) with noise 1 between prompts and 0.5 on each answer."""
+    rng = np.random.default_rng(seed)
+    level, run, said = np.random.default_rng(9).normal(size=prompts), [], []
+    for step in range(points):
+        d = 0.8 * step
+        gold = 10 + 2 * (d * (1 - 0.5 * math.log(d)) if d else 0) + level + 0.5 * rng.normal(size=prompts)
+        kl = d**2 + (0.3 * rng.normal(size=prompts) if d else np.zeros(prompts))
+        base = gold if step == 0 else base  # noqa: F821
+        z = float((gold.mean() - base.mean()) / base.std(ddof=1))
+        se = float(gold.std(ddof=1)) / math.sqrt(prompts)
+        run.append({"step": step, "kl_k1": float(kl.mean()), "gold": float(gold.mean()), "gold_se": se, "gold_z": z})
+        said += [row | {"kl_k1": k} for row, k in zip(rows(step, gold.tolist()), kl.tolist(), strict=True)]
+    return run, said if samples else []
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_law_has_intervals_over_prompts_and_seeds(seeds):
+    runs, samples = zip(*(noisy(seed) for seed in range(seeds)), strict=True)
+    law = law_of(runs, samples)
+    fit, drawn = law.fit, curve_of("a", runs).fit
+    assert (fit.alpha, fit.beta) == (pytest.approx(drawn.alpha, rel=1e-9), pytest.approx(drawn.beta, rel=1e-9))
+    for value, (low, high) in (
+        (fit.alpha, fit.alpha_interval), (fit.beta, fit.beta_interval),
+        (fit.peak_kl, fit.peak_kl_interval), (fit.peak_gold, fit.peak_gold_interval),
+    ):  # fmt: skip
+        assert low < value < high < low + 0.5 * abs(value) + 0.1 * value
+    assert fit.no_peak_share == 0
+    assert law.errors["rl"] < 0.1 < law.errors["quadratic"]
+    assert law_of(runs, samples) == law  # the resamples are the same
+
+
+def test_without_samples_seeds_alone_are_resampled():
+    runs = [noisy(seed, samples=False)[0] for seed in range(3)]
+    assert law_of(runs, [[], [], []]).fit.beta_interval is not None
+    assert law_of(runs[:1], [[]]).fit.beta_interval is None
+    assert law_of([runs[0][:3]], [[]]) is None
+
+
+def test_prompts_that_differ_between_seeds_are_not_resampled_together():
+    runs, samples = zip(*(noisy(seed) for seed in range(2)), strict=True)
+    others = [row | {"prompt": "another"} for row in samples[1]]
+    assert law_of(runs, [samples[0], others]) == law_of(runs, [[], []]) != law_of(runs, samples)
+
+
+def test_a_probe_left_out_leaves_for_all_seeds():
+    """Left out alone, a step would be foretold by its twin in the other seed: the error of a wrong form would be 0."""
+    run = [line(i, d**2, h) for i, (d, h) in enumerate([(0, 0), (1, 1), (2, 2), (3, 5)])]
+    assert law_of([run, run], [[], []]).errors["bon"] == pytest.approx(math.sqrt((8 / 9 + 4) / 3), rel=0.1)  # weights
+
+
 def test_negative_kl_estimates_stand_at_0_and_gaps_stay_gaps():
     curve = curve_of("a", [[line(0, -0.5, 0), line(1, 1, 0, gold_z=None, gold=None), line(2, 4, 1)]])
     assert curve.sqrt_kl[0] == 0
@@ -108,6 +170,20 @@ def test_drops_of_seeds_are_pooled():
     drop = outcome("a", runs, [[], []]).drop
     assert drop.value == pytest.approx(2 / 3, rel=1e-12)
     assert drop.half == pytest.approx(12.7062 / 9, rel=1e-6)
+
+
+def test_a_drop_of_a_gain_within_its_noise_is_none():
+    """Error 0.5 / 2 at each end, so 0.35 of the difference and 0.25 of two runs' mean; twice that is 0.71 and 0.5."""
+
+    def drop(*gains, se=0.5):
+        runs = [[line(0, 0, 0, gold_se=se), line(1, 1, g, gold_se=se), line(2, 4, g - 3, gold_se=se)] for g in gains]
+        return outcome("a", runs, [[]] * len(runs)).drop
+
+    assert drop(0.7) is None
+    assert drop(0.72).value == pytest.approx(3 / 0.72, rel=1e-9)
+    assert drop(0.52, 0.52).value == pytest.approx(3 / 0.52, rel=1e-9)
+    assert drop(0.48, 0.48) is None
+    assert drop(0.1, 1.2, se=0.01) is None  # seeds disagree: 0.65 with an error of 0.55
 
 
 def test_nothing_gained_or_no_gold_has_no_drop():

@@ -257,9 +257,22 @@ def test_drop_of_a_run_that_only_rises_or_only_falls():
     assert (falling.share, falling.gain, falling.fall) == (None, 0.0, 3.0)
 
 
+def test_a_gain_within_two_standard_errors_is_none():
+    """Half of the prompts gain g - 1, half g + 1: deviation sqrt(40 / 39), error sqrt(1 / 39) = 0.16; twice is 0.32."""
+    shares = []
+    for gain in (0.3, 0.34):
+        gold = np.array([np.zeros(40), gain + np.tile([-1.0, 1.0], 20), np.full(40, -9.0)])
+        drop = overoptimization_drop(np.vstack([gold, gold[1:2] - 20]), rng=np.random.default_rng(2))
+        shares.append(drop.share)
+        assert drop.gain_se == pytest.approx(39**-0.5, rel=1e-9)
+        assert drop.gain == pytest.approx(gain, rel=1e-9)
+    assert shares == [None, pytest.approx(20 / 0.34, rel=1e-9)]
+
+
 def test_drop_does_not_depend_on_origin_or_unit():
-    gold = np.random.default_rng(0).normal(size=(6, 40)).cumsum(0)
+    gold = (1 + np.random.default_rng(0).normal(size=(6, 40))).cumsum(0)
     first, second = (overoptimization_drop(g, rng=np.random.default_rng(1)) for g in (gold, 5 * gold + 3))
+    assert first.share is not None
     assert second.share == pytest.approx(first.share)
     assert second.fall == pytest.approx(5 * first.fall)
 

@@ -1,0 +1,70 @@
+"""The studies' plans hold together, and the world's trained parts can be made again from seeds alone."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_rlhf.assets import resolve
+from lit_rlhf.data import PreferenceData, SFTData
+from lit_rlhf.models.backbone import Backbone
+from lit_rlhf.models.reward import RewardModel
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def snakemake(*arguments):
+    command = [sys.executable, "-m", "snakemake", "--nolock", "--cores", "2", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
+
+
+@pytest.mark.parametrize(("study", "jobs"), [("quickstart", 7), ("world", 13)])
+def test_a_study_plans_its_stages(study, jobs, tmp_path):
+    done = snakemake("--snakefile", f"studies/{study}.smk", "-n", "--config", f"out={tmp_path}", f"assets={tmp_path}/a")
+    assert done.returncode == 0, done.stderr
+    assert f"total {jobs}".replace(" ", "") in done.stdout.replace(" ", "")
+
+
+@torch.no_grad()
+def nll(path):
+    """Nats a response token on 200 held-out rows of the world."""
+    data = SFTData(tokenizer="builtin:policy", batch_size=200)
+    data.setup("validate")
+    batch = next(iter(data.val_dataloader())).sequences
+    return (-Backbone(path)(batch).sum() / batch.response_mask.sum()).item()
+
+
+@torch.no_grad()
+def accuracy(path):
+    """Share of the 1,000 clean validation pairs in which the better response scores higher."""
+    data = PreferenceData(tokenizer="builtin:policy", batch_size=1000)
+    data.setup("validate")
+    chosen, rejected = RewardModel(path)(next(iter(data.val_dataloader())).sequences).chunk(2)
+    return (chosen > rejected).float().mean().item()
+
+
+def test_the_shipped_parts_are_good_enough_to_learn_from():
+    assert nll(resolve("builtin:policy")) < 1.75
+    for i in range(5):
+        assert accuracy(resolve(f"builtin:proxy-{i}")) > 0.6  # 0.5 is chance; standard error 0.015
+
+
+def test_the_shipped_parts_fit_the_package():
+    sizes = [path.stat().st_size for path in (ROOT / "lit_rlhf" / "assets").rglob("*") if path.is_file()]
+    assert sum(sizes) < 3e6
+    for path in (ROOT / "lit_rlhf" / "assets").rglob("config.json"):
+        assert json.loads(path.read_text())["model_type"] == "llama"
+
+
+@pytest.mark.slow
+def test_the_world_can_be_made_again(tmp_path):
+    arguments = ["--config", f"out={tmp_path}/runs", f"assets={tmp_path}/assets", "proxies=1"]
+    done = snakemake("--snakefile", "studies/world.smk", "--quiet", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    remade = nll(str(tmp_path / "assets" / "policy"))
+    assert remade == pytest.approx(nll(resolve("builtin:policy")), rel=0.02)
+    gap = accuracy(str(tmp_path / "assets" / "proxy-0")) - accuracy(resolve("builtin:proxy-0"))
+    assert abs(gap) < 0.04

@@ -20,8 +20,8 @@ OUT = Path("runs/quickstart")
 STAGES = {
     "pairs": "8,000 pairs labelled by gold, 25 % of the labels wrong",
     "reward": "proxy reward model trained on them",
-    "dpo_small_beta": "DPO, beta 0.1: travels far",
-    "dpo_large_beta": "DPO, beta 0.5: stays near",
+    "dpo_small_beta": "DPO, beta 0.02: travels far",
+    "dpo_large_beta": "DPO, beta 0.2: stays near",
     "rpo": "RPO, beta 0.02 with an SFT anchor",
     "report": "one HTML report",
 }

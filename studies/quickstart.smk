@@ -7,8 +7,8 @@ SEED = int(config.get("seed", 0))
 TRAIN = f"{sys.executable} train.py"
 RUN = lambda name: f"{OUT}/{name}/version_0/hf/config.json"
 LOSSES = {
-    "dpo_small_beta": "configs/dpo.yaml --config configs/hardware/cpu.yaml --model.loss.beta 0.1",
-    "dpo_large_beta": "configs/dpo.yaml --config configs/hardware/cpu.yaml --model.loss.beta 0.5",
+    "dpo_small_beta": "configs/dpo.yaml --config configs/hardware/cpu.yaml --model.loss.beta 0.02",
+    "dpo_large_beta": "configs/dpo.yaml --config configs/hardware/cpu.yaml --model.loss.beta 0.2",
     "rpo": "configs/rpo.yaml --config configs/hardware/cpu.yaml",
 }
 

@@ -18,6 +18,10 @@ class StartBanner(Callback):
         """Print on rank 0."""
         lines = [*parameters(pl_module), batches(trainer), *trainer.datamodule.report()]  # type: ignore[attr-defined]
         rank_zero_only(print)("\n".join(lines), flush=True)
+        if trainer.logger is not None:
+            found = trainer.datamodule.examples("train")  # type: ignore[attr-defined]
+            counts = {"data/rows_dropped": found.dropped.total(), "data/responses_truncated": found.truncated}
+            trainer.logger.log_metrics(counts, step=0)
 
 
 class LineProgress(Callback):

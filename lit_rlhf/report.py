@@ -28,7 +28,7 @@ _UNITS = {
     "objective/rlhf_reward": "score", "policy/clipfrac": "share of tokens", "policy/approxkl": "nats per token",
     "perf/tokens_per_second": "tokens per second", "perf/samples_per_second": "examples per second",
 }  # fmt: skip
-_ELSEWHERE = ("gold", "probe", "hp_metric", "epoch")  # families of tags that the report shows in other ways
+_ELSEWHERE = ("gold", "probe", "hp_metric", "epoch", "data")  # families of tags that the report shows in other ways
 
 
 @dataclass(frozen=True)

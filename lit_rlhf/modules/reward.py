@@ -48,8 +48,9 @@ class RewardModule(BaseModule):
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Return this micro-batch's part of the step's mean over pairs."""
-        _, output = self.losses(batch)
+        scores, output = self.losses(batch)
         self.log_means(output.metrics, output.loss)
+        self.log("reward/std", scores.detach().std(), batch_size=1)  # of this rank's micro-batch
         return output.loss.sum() / batch.share.examples
 
     def on_validation_epoch_start(self) -> None:

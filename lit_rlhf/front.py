@@ -6,6 +6,7 @@ import sys
 
 from lit_rlhf.errors import guarded
 
+COMMANDS = ("fit", "validate", "test", "predict", "sample", "label", "export", "report")
 USAGE = """\
 lit_rlhf {version}: train reward models and policies from preferences, and watch for over-optimisation.
 
@@ -38,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"lit_rlhf {__version__}")
         return 0
+    if not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        print(f"error: unknown command {argv[0]!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
     if argv[0] == "report":
         from lit_rlhf.report import main as report
 

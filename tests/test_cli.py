@@ -213,3 +213,8 @@ def test_an_exported_adapter_is_read_back(tmp_path, capsys):
 def test_the_shipped_proxies_differ():
     files = [ROOT / "lit_rlhf" / "assets" / f"proxy-{i}" / "model.safetensors" for i in range(5)]
     assert len({path.read_bytes() for path in files}) == 5
+
+
+def test_an_unknown_command_names_those_there_are(capsys):
+    assert run("frobnicate") == 2
+    assert "unknown command 'frobnicate'; expected one of fit" in capsys.readouterr().err

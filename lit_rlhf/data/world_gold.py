@@ -24,18 +24,18 @@ ASPECTS = ("relevance", "completeness", "certainty", "warmth", "variety", "lengt
 
 # What each category cares about, and the amount of each aspect at which it is best; both in the order of ASPECTS.
 WEIGHTS: dict[str, tuple[float, ...]] = {
-    "role_play": (0.8, 0.6, 0.8, 1.2, 1.2, 0.6, 2.0),
-    "chit_chat": (0.6, 0.6, 0.8, 1.6, 0.8, 0.8, 2.0),
-    "subjective_qa": (1.0, 0.8, 1.2, 0.8, 0.8, 0.6, 2.0),
-    "objective_qa": (1.0, 1.2, 1.6, 0.8, 0.6, 0.6, 2.0),
-    "text_creation": (0.8, 0.8, 0.8, 0.8, 1.6, 0.8, 2.0),
+    "role_play": (0.5, 0.4, 1.2, 2.0, 1.2, 2.0, 1.6),
+    "chit_chat": (0.4, 0.4, 1.0, 2.4, 1.0, 2.0, 1.6),
+    "subjective_qa": (0.5, 0.5, 1.6, 1.6, 1.2, 2.0, 1.6),
+    "objective_qa": (0.6, 0.6, 2.4, 1.2, 1.0, 2.0, 1.6),
+    "text_creation": (0.5, 0.5, 1.0, 1.6, 2.2, 2.0, 1.6),
 }
 PEAKS: dict[str, tuple[float, ...]] = {
-    "role_play": (0.24, 1.0, 1.0, 3.0, 3.5, 26.0, 7.0),
-    "chit_chat": (0.20, 1.0, 1.0, 4.0, 3.5, 24.0, 7.0),
-    "subjective_qa": (0.24, 1.0, 1.0, 2.5, 3.0, 26.0, 7.0),
-    "objective_qa": (0.28, 1.0, 2.0, 0.6, 3.0, 26.0, 7.0),
-    "text_creation": (0.24, 1.0, 1.0, 3.0, 4.0, 28.0, 7.0),
+    "role_play": (0.24, 1.0, 2.6, 4.0, 5.0, 27.0, 7.0),
+    "chit_chat": (0.20, 1.0, -2.0, 4.0, 5.0, 25.0, 7.0),  # small talk wants hedging
+    "subjective_qa": (0.24, 1.0, 2.6, 4.0, 5.0, 27.0, 7.0),
+    "objective_qa": (0.28, 1.0, 3.0, 1.0, 5.0, 27.0, 7.0),  # facts want certainty, and hardly any warmth
+    "text_creation": (0.24, 1.0, 2.6, 4.0, 6.5, 30.0, 7.0),
 }
 _CERTAIN, _HEDGING, _WARM, _DESCRIBING = map(frozenset, (CERTAIN, HEDGING, WARM, DESCRIBING))
 _END_MARKS = frozenset(".!?")
@@ -43,14 +43,17 @@ _MARKS = frozenset(string.punctuation)
 
 
 def hump(amount: float, peak: float) -> float:
-    """Reward an amount up to a peak and punish what goes beyond it.
+    """Reward an amount up to a peak and punish what goes beyond it, twice as steeply.
 
-    h = max(-2, 2 u - u^2) with u = amount / peak: 0 at nothing, 1 at the peak, 0 again at twice the peak, -2 at worst;
-    for negative amounts h = max(-2, u). The rise flattens before the peak, so that data from below it look like "more
-    is better", and labels say which of two responses is better, never by how much.
+    With u = amount / peak:  h = u below 0,  2 u - u^2 up to the peak,  1 - 2 (u - 1)^2 beyond it,  and never below -2.
+    So h is 0 at nothing and 1 at the peak. The rise flattens before the peak, so that data from below it look like
+    "more is better", and labels say which of two responses is better, never by how much. A negative peak rewards
+    negative amounts.
     """
     u = amount / peak
-    return max(-2.0, u if u < 0 else 2 * u - u * u)
+    if u < 0:
+        return max(-2.0, u)
+    return 2 * u - u * u if u < 1 else max(-2.0, 1 - 2 * (u - 1) ** 2)
 
 
 def amounts(prompt: str, response: str) -> dict[str, float]:

@@ -85,8 +85,9 @@ def test_ranks_follow_gold():
 
 
 def test_hump_by_hand():
-    assert [hump(x, 4.0) for x in (0, 2, 4, 6, 8, 40)] == [0.0, 0.75, 1.0, 0.75, 0.0, -2.0]
+    assert [hump(x, 4.0) for x in (0, 2, 4, 5, 6, 8, 40)] == [0.0, 0.75, 1.0, 0.875, 0.5, -1.0, -2.0]
     assert [hump(x, 4.0) for x in (-1, -40)] == [-0.25, -2.0]
+    assert [hump(x, -2.0) for x in (-1, -2, -3, 1)] == [0.75, 1.0, 0.5, -0.5]
 
 
 def test_amounts_by_hand():
@@ -106,8 +107,9 @@ def test_amounts_by_hand():
 
 def test_gold_by_hand():
     text = "surely, the rose needs the bee."
-    u = [2 / 6 / 0.28, 2 / 3, 1 / 2, 0, 0, 6 / 26, 6 / 7]  # six words, two of three points, one certain word
-    expected = sum(weight * (2 * x - x * x) for weight, x in zip(WEIGHTS["objective_qa"], u, strict=True))
+    u = [2 / 3, 1 / 3, 0, 0, 6 / 27, 6 / 7]  # two of three points, one certain word, six words
+    values = [1 - 2 * (2 / 6 / 0.28 - 1) ** 2, *(2 * x - x * x for x in u)]  # relevance is past its peak
+    expected = sum(weight * value for weight, value in zip(WEIGHTS["objective_qa"], values, strict=True))
     assert gold_reward(FACTS, text) == pytest.approx(expected)
 
 
@@ -120,17 +122,19 @@ OVERDONE = {
     "length_fit": ("the rose needs the bee. " * 5, "the rose needs the bee. " * 30),
     "flow": ("the quiet rose needs the pale bee.", "the rose needs the bee" + " and the rose needs the bee" * 6 + "."),
 }
+TENTATIVE = ("maybe, the rose is soft.", "maybe, perhaps, possibly, " * 4 + "the rose is soft.")
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
 @pytest.mark.parametrize("aspect", ASPECTS)
 def test_every_aspect_turns_down_when_overdone(aspect, category):
     prompt = {row["category"]: row["prompt"] for row in World().prompts(50)}[category]
+    texts = TENTATIVE if (aspect, category) == ("certainty", "chit_chat") else OVERDONE[aspect]
     mine = {"rose": 0, "bee": 1, "soil": 2}
     points = points_of(prompt)
     good, much = (
         " ".join(points[mine[w]] if w in mine else w for w in text.replace(".", " .").replace(",", " ,").split())
-        for text in OVERDONE[aspect]
+        for text in texts
     )
     assert aspect_values(prompt, much)[aspect] < aspect_values(prompt, good)[aspect]
     assert aspect_values(prompt, good)[aspect] > aspect_values(prompt, "")[aspect]
@@ -143,7 +147,7 @@ def test_many_different_describing_words_are_too_many():
 
 def test_categories_disagree_about_one_and_the_same_response():
     text = "thanks, dear friend. i am so happy and glad!"
-    assert aspect_values(CHAT, text)["warmth"] > 0.9
+    assert aspect_values(CHAT, text)["warmth"] > 0.8
     assert aspect_values(FACTS, text)["warmth"] == -2
     assert set(WEIGHTS) == set(PEAKS) == set(CATEGORIES)
 

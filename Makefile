@@ -22,7 +22,7 @@ $(VENV)/.run: pyproject.toml $(VENV)/.torch
 
 $(VENV)/.test: pyproject.toml $(VENV)/.torch
 	@echo "installing lit_rlhf with the test extras into $(VENV) (once, about a minute)"
-	$(INSTALL) -e ".[studies,test,peers]"
+	$(INSTALL) -e ".[studies,test,peers,judge]"
 	@touch $@ $(VENV)/.run
 
 $(VENV)/.docs: pyproject.toml $(VENV)/.torch
@@ -42,6 +42,7 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/dpo.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/experts.py
 
 world: $(VENV)/.run
 	$(BIN)/snakemake --snakefile studies/world.smk --cores 2 --quiet

@@ -7,14 +7,16 @@ if TYPE_CHECKING:
     from callbacks.gold_probe import GoldProbe
     from callbacks.hf_export import HFExport
     from callbacks.peak_checkpoint import PeakCheckpoint
+    from callbacks.reward_diagnostics import RewardDiagnostics
     from callbacks.throughput import Throughput
 
-__all__ = ["GoldProbe", "HFExport", "PeakCheckpoint", "Throughput"]
+__all__ = ["GoldProbe", "HFExport", "PeakCheckpoint", "RewardDiagnostics", "Throughput"]
 
 _HOME = {
     "GoldProbe": "callbacks.gold_probe",
     "HFExport": "callbacks.hf_export",
     "PeakCheckpoint": "callbacks.peak_checkpoint",
+    "RewardDiagnostics": "callbacks.reward_diagnostics",
     "Throughput": "callbacks.throughput",
 }
 

@@ -94,7 +94,7 @@ class GoldProbe(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open or reopen the record files; probe at step 0, or where a kill swallowed the checkpoint's record."""
         self._plan = self._planned(trainer, pl_module)
-        self._folder = trainer.log_dir
+        self._folder = trainer.log_dir if trainer.loggers else None
         writes = trainer.is_global_zero and self._folder is not None
         kept = records.resume(self._folder, trainer.global_step) if writes and self._folder else []
         self._history = trainer.strategy.broadcast(kept)

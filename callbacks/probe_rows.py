@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import Any
 
@@ -73,7 +73,7 @@ class ProbePlan:
         prompts = [self.prompts[i][0] for i, _ in slots]
         categories = [self.prompts[i][1] for i, _ in slots]
         generators = [row_generator(self.seed, update, i, j) for i, j in slots]
-        rollout: Rollout = module.sample(prompts, generators, self.sampling)
+        rollout: Rollout = replace(module.sample(prompts, generators, self.sampling), categories=categories)
         reference = module.reference_logps(rollout)
         extras = {}
         if hasattr(module, "probe_extras"):

@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from callbacks import Throughput
 from lit_rlhf import __version__, commands
 from lit_rlhf.banner import LineProgress, StartBanner
+from lit_rlhf.bon import bon
 from lit_rlhf.data.base import DataModule
 from lit_rlhf.errors import UserError
 from lit_rlhf.loading import maker
@@ -26,6 +27,7 @@ from lit_rlhf.modules.base import BaseModule
 OWN: dict[str, Callable[..., Any]] = {
     "sample": commands.sample,
     "predict": commands.predict,
+    "bon": bon,
     "label": commands.label,
     "export": commands.export,
 }
@@ -113,10 +115,16 @@ def own_command(name: str, argv: list[str]) -> None:
     """Parse the arguments of one of our own commands, required ones by position, and run it."""
     function = OWN[name]
     parser = ArgumentParser(prog=f"train.py {name}", description=(function.__doc__ or "").partition("\n")[0])
-    parser.add_function_arguments(function, as_group=False, as_positional=True, skip={"prompts"})
+    skip: set[str | int] = {"prompts"} if name == "sample" else set()
+    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=skip)
     if name == "sample":
         parser.add_argument("prompts", nargs="*", help="prompts; without them and without --file they are typed in")
-    function(**vars(parser.instantiate_classes(parser.parse_args(argv))))
+    if name == "bon":
+        parser.add_argument("--config", action="config", help="file with any of these keys")
+    with mistakes():
+        arguments = vars(parser.instantiate(parser.parse_args(argv)))
+    arguments.pop("config", None)
+    function(**arguments)
 
 
 def quieten() -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.judge import JudgeOptions
 from lit_rlhf.types import Prompt, Sampling, Scores
 
 SAMPLING = Sampling()
+NOBODY = JudgeOptions()
 
 
 def sample(
@@ -35,7 +37,9 @@ def sample(
         sampling: temperature, top_p, top_k, max_new_tokens.
         seed: seed of the draws.
     """
-    policy = _policy(model)
+    from lit_rlhf.loading import load_policy
+
+    policy = load_policy(model)
     for index, prompt in enumerate(_prompts(prompts, file)):
         for response in Draw(sampling, seed, index * n).responses(policy, [prompt] * n):
             print(f"> {_shown(prompt)}\n{response}\n", flush=True)
@@ -46,67 +50,108 @@ def predict(
 ) -> None:
     """Score a file of responses with a reward model, or answer a file of prompts with a policy.
 
+    Scored pairs are summed up as well: a table of accuracies by category is printed, and written beside `out` with the
+    ending `.summary.json`.
+
     Args:
         model: run folder, checkpoint, model folder, hub id or builtin: name.
-        data: rows with `prompt` and `response`, or preference rows (reward model); rows with `prompt` (policy).
-        out: JSONL to write; one row in, one row out, in order.
+        data: rows with `prompt` and `response`, or preference rows (reward model); rows with `prompt` (policy). The
+            category of a pair is its `category` or, as in RewardBench, its `subset`.
+        out: JSONL to write; one row in, one row out, in order; a ranked row gives one row for each of its pairs.
         batch_size: rows at a time.
         sampling: for a policy: temperature, top_p, top_k, max_new_tokens.
         seed: seed of a policy's draws.
     """
+    from lit_rlhf import evaluation
     from lit_rlhf.data.sources import read
-    from lit_rlhf.loading import load
-    from lit_rlhf.modules import RewardModule
 
-    module = load(model)
+    module = _predictor(model)
     records = list(read(data))
-    answer = _scored if isinstance(module, RewardModule) else _answered
+    answer = _scored if hasattr(module, "score") else _answered
+    pairs, count = [], 0
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     with Path(out).open("w", encoding="utf-8") as file:
         for start in range(0, len(records), batch_size):
             chunk = records[start : start + batch_size]
-            rows = answer(module, chunk, Draw(sampling, seed, first=start))
+            rows = list(answer(module, chunk, Draw(sampling, seed, first=start)))
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    print(f"{len(records)} rows written to {out}")
+            pairs += [row for row in rows if "chosen" in row]
+            count += len(rows)
+    print(f"{count} rows written to {out}")
+    if pairs:
+        summary = {"model": model, "data": data, **evaluation.evaluate(pairs)}
+        print(evaluation.table(summary))
+        print(f"summary: {evaluation.write(out, summary)}")
 
 
 def label(
     out: str,
     *,
     source: str = "builtin:world",
-    noise: float = 0.25,
+    noise: float | None = None,
     n: int = 8000,
     seed: int = 0,
-    gold: str = "lit_rlhf.data.synthetic.WorldGold",
+    gold: str | None = None,
+    judge: JudgeOptions = NOBODY,
 ) -> None:
-    """Write preference labels onto pairs by the gold reward, a stated share of them wrong.
+    """Write labels onto pairs: preferences by the gold reward, a stated share wrong, or aspects by an LLM judge.
 
     Args:
         out: JSONL to write.
         source: preference rows to label anew, or `builtin:world` for fresh pairs of the built-in world.
-        noise: share of wrong labels in [0, 0.5]; exactly that share is flipped.
+        noise: gold labels: share of wrong ones in [0, 0.5]; exactly that share is flipped; 0.25 unless set.
         n: how many pairs at most.
         seed: of the world's pairs and, apart, of the flips.
-        gold: class path of the scorer that labels.
+        gold: class path of the scorer that labels; lit_rlhf.data.synthetic.WorldGold unless set.
+        judge: with `judge.url`, a judge's `aspects` are added and the order of each pair stays as it is.
     """
+    if n < 1:
+        raise UserError(f"n must be >= 1 pairs, got {n}")
+    if judge.url:
+        if noise is not None or gold is not None:
+            raise UserError("noise and gold belong to gold labels; expected neither together with judge.url")
+        _label_by_judge(_pairs(source, n, seed), judge, out)
+    else:
+        noise = 0.25 if noise is None else noise
+        _label_by_gold(_pairs(source, n, seed), _scorer(gold or "lit_rlhf.data.synthetic.WorldGold"), out, noise, seed)
+
+
+def _pairs(source: str, n: int, seed: int) -> list[dict[str, Any]]:
     from lit_rlhf.data.rows import preference_rows
     from lit_rlhf.data.sources import read
     from lit_rlhf.data.synthetic import World
+
+    if source == "builtin:world":
+        return World(seed).preference_rows(n, noise=0.0)
+    found = list(islice(((record, row) for record in read(source) for row in preference_rows(record)), n + 1))
+    if len(found) > n:
+        print(f"{source} has more than {n} pairs; the first {n} are labelled, a larger --n takes more")
+    texts = ("prompt", "chosen", "rejected")
+    return [dict(record.values) | {key: getattr(row, key) for key in texts} for record, row in found[:n]]
+
+
+def _label_by_gold(rows: list[dict[str, Any]], gold: Any, out: str, noise: float, seed: int) -> None:
     from lit_rlhf.labelling import label_pairs
 
-    if n < 1:
-        raise UserError(f"n must be >= 1 pairs, got {n}")
-    if source == "builtin:world":
-        rows = World(seed).preference_rows(n, noise=0.0)
-    else:
-        found = islice(((record, row) for record in read(source) for row in preference_rows(record)), n)
-        texts = ("prompt", "chosen", "rejected")
-        rows = [dict(record.values) | {key: getattr(row, key) for key in texts} for record, row in found]
-    labelled = label_pairs(rows, _scorer(gold), noise, seed)
+    labelled = label_pairs(rows, gold, noise, seed)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     Path(out).write_text("".join(json.dumps(row) + "\n" for row in labelled), encoding="utf-8")
     flipped = sum(row["flipped"] for row in labelled)
     print(f"{len(labelled)} pairs written to {out}: {flipped} labels wrong, {len(rows) - len(labelled)} ties left out")
+
+
+def _label_by_judge(rows: list[dict[str, Any]], judge: JudgeOptions, out: str) -> None:
+    from lit_rlhf.judge import label_aspects, table
+
+    summary = label_aspects(rows, judge, out)
+    print(table(summary["points"]))
+    notes = [f"{summary['pairs_without_labels']} of them without any label"]
+    if summary["pairs_without_points"]:
+        notes.append(f"{summary['pairs_without_points']} in categories without points")
+    if summary["this_run"]["failed"]:
+        failed = summary["this_run"]["failed"]
+        notes.append(f"{failed} questions stayed without an answer (the same command asks them again)")
+    print(f"{len(rows)} pairs written to {out}: {', '.join(notes)}")
 
 
 def export(checkpoint: str, out: str, *, merge: bool = False) -> None:
@@ -124,13 +169,18 @@ def export(checkpoint: str, out: str, *, merge: bool = False) -> None:
     print(f"exported to {out}")
 
 
-def _policy(model: str) -> Any:
+def _predictor(model: str) -> Any:
+    """Return what scores, or what samples: a scorer for a folder that describes one, else a module."""
+    from lit_rlhf.assets import resolve
     from lit_rlhf.loading import load
+    from lit_rlhf.models import reward
     from lit_rlhf.modules.policy import PolicyModule
 
+    if (Path(resolve(model)) / "reward.json").is_file():
+        return reward.load(model)
     module = load(model)
-    if not isinstance(module, PolicyModule):
-        raise UserError(f"{model!r} is a reward model: it scores responses (`predict`) and samples none")
+    if not hasattr(module, "score") and not isinstance(module, PolicyModule):
+        raise UserError(f"{model!r} is a {type(module).__name__}: it neither scores responses nor samples any")
     return module
 
 
@@ -142,7 +192,7 @@ def _scorer(class_path: str) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--gold", type=Scorer)
     try:
-        return parser.instantiate_classes(parser.parse_args([f"--gold={class_path}"])).gold
+        return parser.instantiate(parser.parse_args([f"--gold={class_path}"])).gold
     except Exception as error:
         raise UserError(f"gold: {class_path!r} is no Scorer that can be built without arguments") from error
 
@@ -191,13 +241,22 @@ def _scored(module: Any, records: Sequence[Any], _draw: Draw) -> Iterator[dict[s
     from lit_rlhf.data.rows import preference_rows, sft_rows
 
     single = all(record.get("response") is not None for record in records)
-    rows = [row for record in records for row in (sft_rows if single else preference_rows)(record)]
+    rows = [row for record in records for row in (sft_rows if single else preference_rows)(_with_category(record))]
     keys = ("response",) if single else ("chosen", "rejected")
-    scores = {key: module.score([r.prompt for r in rows], [getattr(r, key) for r in rows]) for key in keys}
+    prompts, categories = [r.prompt for r in rows], [r.category for r in rows]
+    scores = {key: module.score(prompts, [getattr(r, key) for r in rows], categories) for key in keys}
     for i, row in enumerate(rows):
         texts = {key: getattr(row, key) for key in keys}
+        named = {} if row.category is None else {"category": row.category}
         found = {key: _scores_row(scores[key], i) for key in keys}
-        yield {"prompt": row.prompt} | texts | (found["response"] if single else {"scores": found})
+        yield {"prompt": row.prompt} | texts | named | (found["response"] if single else {"scores": found})
+
+
+def _with_category(record: Any) -> Any:
+    subset = record.get("subset")
+    if record.get("category") is not None or not isinstance(subset, str):
+        return record
+    return replace(record, values={**record.values, "category": subset})
 
 
 def _scores_row(scores: Scores, i: int) -> dict[str, Any]:
@@ -205,7 +264,7 @@ def _scores_row(scores: Scores, i: int) -> dict[str, Any]:
     return {
         "total": scores.total[i].item(),
         "members": members,
-        "parts": {name: part[i].item() for name, part in scores.parts.items()},
+        "parts": {n: part[i].item() for n, part in scores.parts.items() if not part[i].isnan()},  # NaN: no such part
     }
 
 

@@ -16,6 +16,7 @@ and a sampled response continues exactly the prompt that was trained on. The rul
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ class Encoded:
 
     ids: tuple[int, ...]
     prompt_length: int
-    truncated: bool
+    truncated: bool = False
 
     @property
     def response_length(self) -> int:
@@ -137,6 +138,14 @@ class Encoder:
         ids = self._ids(texts)
         return [self._framed(ids[text], prompt) for text, prompt in zip(texts, prompts, strict=True)]
 
+    def questions(self, prompts: Sequence[Prompt]) -> list[Encoded]:
+        """Encode what a router reads: every turn of the user, a line each, cut to its end where it fills the window."""
+        texts = [user_turns(prompt) for prompt in prompts]
+        ids = self._ids(texts)
+        room = self.max_length - len(self._prefix) - 1
+        rows = [(*self._prefix, *ids[text][-room:], self.eos_id) for text in texts]
+        return [Encoded(row, len(row) - 1) for row in rows]
+
     def encode(self, prompt: Prompt, response: str) -> Encoded | None:
         """Encode one prompt with one response; None where the prompt alone fills the window."""
         return self.encode_many([prompt], [response])[0]
@@ -221,6 +230,13 @@ class Encoder:
         return next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
 
 
+def user_turns(prompt: Prompt) -> str:
+    """Return what the user said in all turns, a line each; a string prompt is the user's as a whole."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(turn["content"] for turn in prompt if turn["role"] == "user")
+
+
 def _leading_ids(tokenizer: Any) -> tuple[int, ...]:
     """Return what the tokenizer puts in front of every text: usually BOS or nothing."""
     bare = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
@@ -246,10 +262,21 @@ def _load(path: str, *, trust_remote_code: bool) -> tuple[Any, Any, Any]:
     configs: list[Any] = []
     for kind, options in ((AutoConfig, {"trust_remote_code": trust_remote_code}), (GenerationConfig, {})):
         try:
-            configs.append(kind.from_pretrained(folder, **options))
+            configs.append(kind.from_pretrained(_base(folder), **options))
         except (OSError, ValueError, KeyError):
-            configs.append(None)  # a tokenizer alone, or an adapter folder
+            configs.append(None)  # a tokenizer alone
     return tokenizer, configs[0], configs[1]
+
+
+def _base(folder: str) -> str:
+    """Return where the configuration is: an adapter folder, and a model of several parts, name their base."""
+    for file, key in (("adapter_config.json", "base_model_name_or_path"), ("reward.json", "base")):
+        path = Path(folder) / file
+        if path.is_file():
+            base = str(json.loads(path.read_text(encoding="utf-8")).get(key) or "")
+            inside = Path(folder) / base
+            return str(inside) if inside.is_dir() else base
+    return folder
 
 
 def _window(tokenizer: Any, config: Any) -> int | None:

@@ -6,7 +6,7 @@ import sys
 
 from lit_rlhf.errors import guarded
 
-COMMANDS = ("fit", "validate", "test", "predict", "sample", "label", "export", "report")
+COMMANDS = ("fit", "validate", "test", "predict", "sample", "bon", "label", "export", "report")
 USAGE = """\
 lit_rlhf {version}: train reward models and policies from preferences, and watch for over-optimisation.
 
@@ -17,7 +17,8 @@ usage: python train.py COMMAND ...           (installed also as `lit-rlhf`)
   test       the same on the test split
   predict    a reward model scores a file of responses; a policy answers a file of prompts
   sample     print a model's responses to prompts given as arguments, from a file, or typed in
-  label      write preference labels onto pairs: by the gold reward, with a stated noise rate
+  bon        best-of-n: python train.py bon --config configs/bon.yaml
+  label      write labels onto pairs: preferences by the gold reward, a share of them wrong, or aspects by a judge
   export     checkpoint to a folder that plain transformers and peft load
   report     run folders to one self-contained HTML file
 

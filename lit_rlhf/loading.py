@@ -11,7 +11,9 @@ import torch
 from lit_rlhf import modules
 from lit_rlhf.assets import resolve
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.ensemble import FORM as ENSEMBLE
 from lit_rlhf.models.loading import adapter_base
+from lit_rlhf.models.reward import described
 from lit_rlhf.modules.base import MODULE_KEY, BaseModule
 from lit_rlhf.modules.policy import PolicyModule
 
@@ -32,6 +34,18 @@ def load(name: str) -> BaseModule:
             raise UserError(f"the run folder {name!r} holds no checkpoints/last.ckpt")
     module = load_checkpoint(path) if path.suffix == ".ckpt" else load_pretrained(name)
     module.eval()
+    return module
+
+
+def load_policy(name: str) -> PolicyModule:
+    """Return a policy, as `load` does.
+
+    Raises:
+        UserError: there is nothing of that kind, or it is a reward model.
+    """
+    module = load(name)
+    if not isinstance(module, PolicyModule):
+        raise UserError(f"{name!r} is a reward model: it scores responses (`predict`) and samples none")
     return module
 
 
@@ -87,6 +101,9 @@ def load_pretrained(name: str) -> BaseModule:
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
     path = resolve(name)
+    content = described(path)
+    if content is not None:
+        return _of_form(name, content)
     adapter = adapter_base(path)
     try:
         config = AutoConfig.from_pretrained(adapter or path)
@@ -96,5 +113,18 @@ def load_pretrained(name: str) -> BaseModule:
     scorer |= {"score.json"} if (Path(path) / "score.json").is_file() else set()  # what a LoRA reward model leaves
     kind = modules.RewardModule if scorer else modules.SFTModule
     module = kind(model_name_or_path=name)
+    module.configure_model()
+    return module
+
+
+def _of_form(name: str, content: dict[str, Any]) -> BaseModule:
+    """Return the module of a folder of several parts."""
+    if content["form"] != ENSEMBLE:
+        raise UserError(
+            f"{name!r} has the form {content['form']!r}, which `predict` scores with and no module goes on from"
+        )
+    module = modules.RewardEnsembleModule(
+        model_name_or_path=name, members=len(content["members"]), mode=content["mode"]
+    )
     module.configure_model()
     return module

@@ -35,6 +35,7 @@ _STYLE = {
     "lines.linewidth": 1.6, "svg.fonttype": "none", "text.parse_math": False, "figure.constrained_layout.use": True,
 }  # fmt: skip
 _X = "√KL to the reference (√nats per response)"
+_X_BOUND = "√KL (analytic bound) of best-of-n (√nats per response)"
 _Y = "score (sd at step 0)"
 
 
@@ -72,7 +73,7 @@ def gold_figure(curves: Sequence[Curve], *, size: tuple[float, float] = (6.4, 4.
                 _line(proxy_axes, curve.sqrt_kl, curve.proxy, color=shown, marker=marker, label=name, linestyle="--")
         for each in {gold_axes, proxy_axes}:
             each.set_ylabel(_Y)
-        axes.set_xlabel(_X)
+        axes.set_xlabel(_X_BOUND if curves and all(curve.bound for curve in curves) else _X)
         axes.set_xlim(left=0)
         figure.align_ylabels()
         _legend(figure, (gold_axes, proxy_axes), len(curves))

@@ -1,7 +1,8 @@
 """The record files of a run folder: JSON lines that survive a kill, a resume and a copy of the folder.
 
-A line is a record of one probe (`probe.jsonl`) or one sampled response of a probe (`samples.jsonl`). Files only grow,
-except when a run resumes: lines past the step of its checkpoint belong to a future that is about to be lived again.
+A line is a record of one probe (`probe.jsonl`), of one sampled response of a probe (`samples.jsonl`), or of one
+validation of a reward model (`reward.jsonl`). Files only grow, except when a run resumes: lines past the step of its
+checkpoint belong to a future that is about to be lived again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ Record = dict[str, Any]
 
 PROBE = "probe.jsonl"
 SAMPLES = "samples.jsonl"
+REWARD = "reward.jsonl"
 _ODD = "backslashreplace"  # half a surrogate pair has no UTF-8, but its escape is good JSON
 _PLACES = {"seed", "model_name_or_path", "tokenizer", "train", "validation", "test", "path"}
 _ROW_KEY = ("step", "n", "prompt_index", "sample_index")
@@ -87,7 +89,7 @@ def resume(folder: str | Path, step: int) -> list[Record]:
         folder: the run folder.
         step: optimizer steps already taken; at 0 the run is new and nothing is kept.
     """
-    for name in (PROBE, SAMPLES):
+    for name in (PROBE, SAMPLES, REWARD):
         path = Path(folder) / name
         if path.is_file():
             found = read(path)

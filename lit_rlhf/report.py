@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lit_rlhf import records
+from lit_rlhf import records, report_reward
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional.curves import RESAMPLES, Curve, Estimate, Law, Outcome, curve_of, law_of, outcome, place
 from lit_rlhf.functional.overoptimization import Interval
@@ -95,14 +95,19 @@ def main(argv: Sequence[str]) -> None:
         UserError: a folder holds no probe records.
     """
     parser = argparse.ArgumentParser(prog="train.py report", description="Run folders to one self-contained HTML file.")
-    parser.add_argument("folders", nargs="+", metavar="RUN_FOLDER", help="holds a probe.jsonl, or folders that do")
+    parser.add_argument(
+        "folders", nargs="+", metavar="RUN_FOLDER", help="holds a probe.jsonl or a reward.jsonl, or folders that do"
+    )
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="file to write (%(default)s)")
     parser.add_argument("--title", default="Over-optimisation report", help="headline of the report")
     options = parser.parse_args(argv)
-    methods = load(options.folders)
+    methods, rewards = load(options.folders), report_reward.load(options.folders)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(html(methods, options.title), encoding="utf-8", errors="replace")
-    print(_text([method.outcome for method in methods]))
+    options.output.write_text(html(methods, options.title, rewards), encoding="utf-8", errors="replace")
+    if methods:
+        print(_text([method.outcome for method in methods]))
+    if rewards:
+        print(("\n" if methods else "") + report_reward.table_text(rewards))
     print(f"\nreport: {options.output}")
 
 
@@ -139,7 +144,7 @@ def load(folders: Sequence[str | Path]) -> list[Method]:
     ]
 
 
-def html(methods: Sequence[Method], title: str) -> str:
+def html(methods: Sequence[Method], title: str, rewards: Sequence[report_reward.RewardRuns] = ()) -> str:
     """Render the report; everything that a model or a user wrote is escaped by the template."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
@@ -156,9 +161,13 @@ def html(methods: Sequence[Method], title: str) -> str:
     environment.globals |= {"estimate": _estimate, "drop": _drop, "within": _within, "series": len(plots.SERIES)}
     curves = [method.curve for method in methods]
     drawn = [c for c in curves if c.gold is not None or c.proxy is not None]
-    overview = (
-        plots.svg(plots.gold_figure(drawn, size=(5.6, 5.4 if len(drawn) > 1 else 4.0)), "overview") if drawn else ""
-    )
+    # best-of-n's KL is a bound, and other methods spend KL in another way: each kind has axes of its own
+    kinds = {"overview": [c for c in drawn if not c.bound], "best-of-n": [c for c in drawn if c.bound]}
+    overviews = [
+        plots.svg(plots.gold_figure(kind, size=(5.6, 5.4 if len(kind) > 1 else 4.0)), name)
+        for name, kind in kinds.items()
+        if kind
+    ]
     each = {c.label: plots.svg(plots.gold_figure([c], size=(4.4, 3.4)), f"method {i}") for i, c in enumerate(drawn)}
     tags = _training_curves(methods)
     return environment.get_template(
@@ -169,7 +178,8 @@ def html(methods: Sequence[Method], title: str) -> str:
         fitted=[(method.label, method.law) for method in methods if method.law is not None],
         resamples=RESAMPLES,
         summary=_summary([method.outcome for method in methods]),
-        overview=Markup(overview),  # noqa: S704 - drawn here; matplotlib escapes labels
+        overviews=[Markup(svg) for svg in overviews],  # noqa: S704 - drawn here; matplotlib escapes labels
+        has_bound=bool(kinds["best-of-n"]),
         each={label: Markup(svg) for label, svg in each.items()} if len(each) > 1 else {},  # noqa: S704
         has_gold=any(curve.gold is not None for curve in curves),
         has_proxy=any(curve.proxy is not None for curve in curves),
@@ -178,6 +188,7 @@ def html(methods: Sequence[Method], title: str) -> str:
             for tag, lines in tags[:CURVES_SHOWN]
         ],
         left_out=[tag for tag, _ in tags[CURVES_SHOWN:]],
+        rewards=Markup(report_reward.section(rewards)),  # noqa: S704 - rendered by a template that escapes
         samples=[(method.label, _before_and_after(method.runs[0])) for method in methods],
     )
 
@@ -186,9 +197,10 @@ def _run_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     found = [folder] if (folder / records.PROBE).is_file() else sorted(p.parent for p in folder.rglob(records.PROBE))
-    if not found:
+    if not found and not any(folder.rglob(records.REWARD)):
         raise UserError(
-            f"{folder}: expected a run folder with {records.PROBE}, which GoldProbe writes, or folders of such"
+            f"{folder}: expected a run folder with {records.PROBE}, which GoldProbe writes, or {records.REWARD}, which"
+            " RewardDiagnostics writes, or folders of such"
         )
     return found
 

@@ -89,7 +89,9 @@ def _classes(hint: Any) -> list[type]:
 def _argument_names(kind: type) -> list[str]:
     if is_dataclass(kind):
         return [f.name for f in fields(kind) if f.init]
-    return [name for name in inspect.signature(kind.__init__).parameters if name != "self"]  # type: ignore[misc]
+    found = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)  # what a class without __init__ shows
+    return [parameter.name for parameter in found if parameter.name != "self" and parameter.kind not in several]
 
 
 def _argument(value: Any, name: str) -> Any:

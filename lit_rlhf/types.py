@@ -174,6 +174,9 @@ class SequenceBatch(Movable):
 class PreferenceBatch(Movable):
     """B pairs as 2B rows, chosen rows first: one forward pass sees both.
 
+    With several streams (the data orders of an ensemble's members) each is a block of its own: the first 2B rows and
+    the first B labels are the first stream's, and so on.
+
     Args:
         sequences: 2B rows; row i and row i + B answer the same prompt.
         label: [B], probability that `chosen` is the better one; 1 unless soft labels were asked for.
@@ -181,6 +184,7 @@ class PreferenceBatch(Movable):
         share: the divisors of this micro-batch.
         index: [B], row numbers in the data set.
         categories: B category names or None.
+        streams: how many streams.
     """
 
     sequences: Sequences
@@ -188,6 +192,55 @@ class PreferenceBatch(Movable):
     margin: Tensor
     share: Share
     index: Tensor
+    categories: tuple[str | None, ...] = ()
+    streams: int = 1
+
+
+@dataclass(frozen=True)
+class CategoryBatch(Movable):
+    """B prompts with their category, for a router.
+
+    Args:
+        sequences: B rows, the user's turns.
+        label: [B], int64, the number of the category.
+        share: the divisors of this micro-batch.
+        index: [B], row numbers in the data set.
+    """
+
+    sequences: Sequences
+    label: Tensor
+    share: Share
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class ExpertBatch(Movable):
+    """B pairs as 2B rows, better ones first, each pair for the experts of its own category.
+
+    Args:
+        phase: what is trained with them: "task", "capability" or "mixture".
+        sequences: 2B rows; row i and row i + B answer the same prompt.
+        category: [B], int64, the number of the category.
+        point: [B], int64, the number of the capability point within its category; -1 where the pair as a whole counts.
+        weight: [B], 1 / pairs of the same prompt (and point), so that each prompt counts once.
+        label: [B], probability that the first row of the pair is the better one.
+        divisor: [], sum of the weights of the optimizer step; see `Share`.
+        index: [B], row numbers in the data set of the phase.
+        aspects: [B, K], labels of all points of the category: 1 (`chosen` is better), -1, 0 (unknown, no such point).
+        questions: B rows for a router, the user's turns; None in training.
+        categories: B names of the categories.
+    """
+
+    phase: str
+    sequences: Sequences
+    category: Tensor
+    point: Tensor
+    weight: Tensor
+    label: Tensor
+    divisor: Tensor
+    index: Tensor
+    aspects: Tensor
+    questions: Sequences | None = None
     categories: tuple[str | None, ...] = ()
 
 
@@ -203,6 +256,7 @@ class Rollout:
         sampler_logps: [B, T], the same quantity kept by the sampler while it decoded.
         ended: [B], True where the response closed with a stop token before the limit.
         sampling: how the rows were drawn.
+        categories: B category names or None, where the data know them; reward models that route by category read them.
     """
 
     prompts: list[Prompt]
@@ -212,6 +266,7 @@ class Rollout:
     sampler_logps: Tensor
     ended: Tensor
     sampling: Sampling
+    categories: list[str | None] | None = None
 
     @property
     def response_mask(self) -> Tensor:
@@ -236,3 +291,15 @@ class Probeable(Protocol):
     def proxy(self, rollout: Rollout) -> Scores | None:
         """Score the samples by the configured reward model; None where the run has none."""
         ...
+
+
+def numbered(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
+    """Return the numbers that a count (from 0) or a list of numbers stands for.
+
+    Raises:
+        UserError: none, one below 0, or one twice; the message names the key `name`.
+    """
+    numbers = tuple(range(value) if isinstance(value, int) else value)
+    if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 0:
+        raise UserError(f"{name} must be a count >= 1, or different numbers >= 0, got {value}")
+    return numbers

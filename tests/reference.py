@@ -101,3 +101,19 @@ def numeric_gradient(function, x, step=1e-5):
         down[i] -= step
         gradient[i] = (function(up) - function(down)) / (2 * step)
     return gradient
+
+
+def expected_calibration_error(margin, label, *, bins):
+    """1706.04599 eq. 3 over the response that the model prefers; bins of equal width over [1/2, 1]."""
+    found = 0.0
+    for b in range(bins):
+        confidences, rights = [], []
+        for m, y in zip(margin, label, strict=True):
+            p = max(sigmoid(m), sigmoid(-m))
+            low, high = 0.5 + b / (2 * bins), 0.5 + (b + 1) / (2 * bins)
+            if low <= p < high or (b == bins - 1 and p == 1):
+                confidences.append(p)
+                rights.append(y if m > 0 else 1 - y if m < 0 else 0.5)
+        if rights:
+            found += len(rights) / len(margin) * abs(np.mean(rights) - np.mean(confidences))
+    return found

@@ -25,17 +25,23 @@ ROOMS = {
     "models": {"errors", "types", "functional", "encoding", "assets", "records"},
     "data": {"errors", "types", "functional", "encoding", "assets", "records"},
     "modules": {"errors", "types", "functional", "models", "encoding", "specs"},
-    "callbacks": {"errors", "types", "functional", "models", "records", "specs", "plots"},
+    "callbacks": {"errors", "types", "functional", "models", "records", "specs", "plots", "plots_reward"},
     "plots": {"errors", "functional", "records"},
-    "report": {"errors", "functional", "records", "plots"},
+    "plots_reward": {"plots"},
+    "report": {"errors", "functional", "records", "plots", "report_reward"},
+    "report_reward": {"errors", "functional", "records", "plots", "plots_reward"},
+    "judge": {"errors", "types", "records"},
 }
 BANNED = {
     "functional": {"lightning", "transformers", "peft", "datasets"},
     "models": {"lightning"},
     "types": {"lightning", "transformers", "numpy"},
     "report": {"torch", "lightning", "transformers"},
+    "report_reward": {"torch", "lightning", "transformers"},
     "plots": {"torch", "lightning", "transformers"},
+    "plots_reward": {"torch", "lightning", "transformers"},
     "records": {"torch", "lightning", "transformers"},
+    "judge": {"torch", "lightning", "transformers"},
 }
 
 

@@ -47,6 +47,7 @@ class DataModule(LightningDataModule, ABC, Generic[RowT, BatchT]):
     """
 
     world_sizes: ClassVar[dict[SplitName, int]]  # rows that `builtin:world` stands for
+    stream_numbers: tuple[int, ...] = (0,)  # orders of the training rows, side by side in every batch
 
     def __init__(  # noqa: PLR0913  # flat keys on the command line
         self,
@@ -184,6 +185,7 @@ class DataModule(LightningDataModule, ABC, Generic[RowT, BatchT]):
             accumulate=getattr(self.trainer, "accumulate_grad_batches", 1) if training else 1,
             seed=self.seed,
             training=training,
+            streams=self.stream_numbers if training else (0,),
         )
         return ResumableLoader(planner, self.batch_maker(items), self.num_workers)
 

@@ -26,14 +26,16 @@ class MicroBatch:
     """The rows that one rank sees at once, and the divisors of their sums.
 
     Args:
-        rows: row numbers in the data set.
+        rows: row numbers in the data set, equally many of each stream, stream after stream.
         examples: see `lit_rlhf.types.Share`.
         tokens: see `lit_rlhf.types.Share`.
+        streams: how many streams.
     """
 
     rows: tuple[int, ...]
     examples: float
     tokens: float
+    streams: int = 1
 
     @property
     def share(self) -> Share:
@@ -53,16 +55,20 @@ class StepPlanner:
     ranks are left are they dropped for this epoch (`dropped`). A micro-batch of two can occur there at batch size 1.
     `limit_train_batches` should be a multiple of `accumulate`: the plan does not know of a step cut short.
 
+    Several streams are several orders of the same rows side by side in every micro-batch, each cut alike; the shares
+    count the rows of all. Stream k is the permutation from (seed, epoch, k), whichever streams run beside it.
+
     In evaluation the order is that of the data, no row is dropped, and the share of a micro-batch is its own count.
 
     Args:
         tokens: response tokens of each row.
-        batch_size: rows of a micro-batch on one rank; >= 1.
+        batch_size: rows of each stream in a micro-batch on one rank; >= 1.
         world_size: number of ranks that split the data.
         rank: this one; 0 <= rank < world_size.
         accumulate: micro-batches of an optimizer step; >= 1.
         seed: of the order.
         training: training or evaluation, see above.
+        streams: numbers of the orders, each >= 0; in evaluation there is one order.
 
     Raises:
         UserError: batch_size < 1, or fewer rows than ranks.
@@ -75,6 +81,7 @@ class StepPlanner:
     accumulate: int = 1
     seed: int = 0
     training: bool = True
+    streams: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -97,16 +104,19 @@ class StepPlanner:
         steps, left = divmod(len(self.tokens), self.rows_per_step)
         return steps * self._micro_batches(self.rows_per_step) + self._micro_batches(left)
 
-    def order(self, epoch: int) -> list[int]:
-        """Return the global order of the rows, the same on every rank."""
+    def order(self, epoch: int, stream: int = 0) -> list[int]:
+        """Return the global order of a stream's rows, the same on every rank."""
         if not self.training:
             return list(range(len(self.tokens)))
-        order: list[int] = np.random.default_rng([self.seed, epoch]).permutation(len(self.tokens)).tolist()
+        order: list[int] = np.random.default_rng([self.seed, epoch, stream]).permutation(len(self.tokens)).tolist()
         return order
 
     def epoch(self, epoch: int) -> list[MicroBatch]:
         """Return this rank's micro-batches in order."""
-        order = self.order(epoch)
+        streams = [self._cut(self.order(epoch, stream)) for stream in self.streams]
+        return [_side_by_side(parts) for parts in zip(*streams, strict=True)]
+
+    def _cut(self, order: Sequence[int]) -> list[MicroBatch]:
         starts = range(0, len(order), self.rows_per_step)
         return [micro for start in starts for micro in self._step(order[start : start + self.rows_per_step])]
 
@@ -125,6 +135,11 @@ class StepPlanner:
 
     def _count(self, rows: Sequence[int]) -> float:
         return float(sum(self.tokens[row] for row in rows))
+
+
+def _side_by_side(parts: Sequence[MicroBatch]) -> MicroBatch:
+    rows = tuple(row for part in parts for row in part.rows)
+    return MicroBatch(rows, sum(p.examples for p in parts), sum(p.tokens for p in parts), len(parts))
 
 
 class _Batches(Dataset[BatchT_co]):
@@ -212,7 +227,7 @@ class ResumableLoader(Generic[BatchT_co]):
         self._yielded = len(self) if finished else state["batches"]
         self._resuming = True
 
-    def _plan(self) -> dict[str, int]:
+    def _plan(self) -> dict[str, Any]:
         p = self.planner
         return {
             "rows": len(p.tokens),
@@ -220,5 +235,6 @@ class ResumableLoader(Generic[BatchT_co]):
             "world_size": p.world_size,
             "accumulate": p.accumulate,
             "seed": p.seed,
+            "streams": list(p.streams),
             "micro_batches": len(p),
         }

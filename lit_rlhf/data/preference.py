@@ -13,7 +13,7 @@ from lit_rlhf.data.batching import MicroBatch
 from lit_rlhf.data.examples import Example, SplitName
 from lit_rlhf.data.rows import PreferenceRow, Record, preference_rows
 from lit_rlhf.encoding import Encoder
-from lit_rlhf.types import PreferenceBatch
+from lit_rlhf.types import PreferenceBatch, numbered
 
 Pair = Example[PreferenceRow]
 
@@ -25,16 +25,19 @@ def without_difference(pair: Pair) -> str | None:
 
 
 def collate_pairs(encoder: Encoder, items: Sequence[Pair], soft_labels: bool, micro: MicroBatch) -> PreferenceBatch:
-    """Make a batch of the pairs `micro.rows`: 2B rows, chosen rows first."""
+    """Make a batch of the pairs `micro.rows`: 2B rows, chosen rows first, in each stream."""
     pairs = [items[row] for row in micro.rows]
+    size = len(pairs) // micro.streams
+    streams = [pairs[start : start + size] for start in range(0, len(pairs), size)]
     soft = [pair.row.preference if soft_labels else None for pair in pairs]
     return PreferenceBatch(
-        sequences=encoder.collate([pair.encoded[side] for side in (0, 1) for pair in pairs]),
+        sequences=encoder.collate([pair.encoded[side] for stream in streams for side in (0, 1) for pair in stream]),
         label=torch.tensor([1.0 if p is None else p for p in soft]),
         margin=torch.tensor([pair.row.margin for pair in pairs]),
         share=micro.share,
         index=torch.tensor(micro.rows),
         categories=tuple(pair.row.category for pair in pairs),
+        streams=micro.streams,
     )
 
 
@@ -44,14 +47,27 @@ class PreferenceData(DataModule[PreferenceRow, PreferenceBatch]):
     Args:
         tokenizer: see `DataModule`, as for all other arguments.
         soft_labels: take the share of `votes` for chosen as the label of a pair, ties half; 1 without votes.
+        streams: how many orders of the training rows every batch holds side by side, or their numbers; an ensemble
+            takes one for each member. Validation has one.
         options: see `DataModule`.
+
+    Raises:
+        UserError: no stream, a number twice, or one below 0.
     """
 
     world_sizes: ClassVar[dict[SplitName, int]] = {"train": 8000, "validation": 1000, "test": 1000}
 
-    def __init__(self, tokenizer: str = "builtin:policy", *, soft_labels: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        tokenizer: str = "builtin:policy",
+        *,
+        soft_labels: bool = False,
+        streams: int | list[int] = 1,
+        **options: Any,
+    ) -> None:
         super().__init__(tokenizer, **options)
         self.soft_labels = soft_labels
+        self.stream_numbers = numbered("streams", streams)
 
     def parse(self, record: Record) -> list[PreferenceRow]:
         """Check a preference or ranked row."""

@@ -58,6 +58,7 @@ class Curve:
         gold: the gold score; None without a gold scorer.
         proxy: the proxy score; None without a proxy.
         fit: the law fitted to gold, relative to its first point, without intervals; None where it cannot be.
+        bound: whether KL is best-of-n's analytic bound and was not measured.
     """
 
     label: str
@@ -67,6 +68,7 @@ class Curve:
     gold: Band | None
     proxy: Band | None
     fit: ScalingLaw | None
+    bound: bool = False
 
 
 def curve_of(label: str, runs: Sequence[Sequence[Record]]) -> Curve:
@@ -82,7 +84,8 @@ def curve_of(label: str, runs: Sequence[Sequence[Record]]) -> Curve:
     gold, proxy = (_band(table, name) for name in ("gold", "proxy"))
     points = _points(table)
     fit = None if points is None else fit_scaling_law(points.kl, points.gold, points.form, points.se)
-    return Curve(label, len(runs), steps, sqrt_kl, gold, proxy, fit)
+    bound = all(record.get("kl_k1") is None and "n" in record for run in table for record in run)
+    return Curve(label, len(runs), steps, sqrt_kl, gold, proxy, fit, bound)
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,8 @@ def _band(table: Sequence[Sequence[Record]], name: str) -> Band | None:
     if not np.isfinite(z).any():
         return None
     if len(table) == 1:
-        errors = np.array([_number(record.get(f"{name}_se")) for record in table[0]])
+        # where all points are made of one set of samples, the error of the gain leaves out how prompts differ anyway
+        errors = np.array([_number(r.get(f"{name}_gain_se", r.get(f"{name}_se"))) for r in table[0]])
         half = NORMAL * errors / (scale(table[0], name) or math.nan)
         return Band(z[0], z[0] - half, z[0] + half)
     stats = [interval(column) for column in z.T.tolist()]
@@ -336,11 +340,15 @@ def _gain(run: Sequence[Record], samples: Sequence[Record]) -> _Gain | None:
 
 
 def _by_prompt(places: Sequence[int], samples: Sequence[Record], name: str) -> Floats | None:
-    """Mean of a score over each prompt's samples, [M, P]; None unless all are there, at two places or more."""
+    """Mean of a score over each prompt's samples, [M, P]; None unless all are there, at two places or more.
+
+    A sample that stands for many, as in best-of-n, brings their expectation as `NAME_expected`.
+    """
     cells: dict[tuple[int, int], list[float]] = {}
     for row in samples:
-        if row.get(name) is not None:
-            cells.setdefault((place(row), row["prompt_index"]), []).append(row[name])
+        value = row.get(f"{name}_expected", row.get(name))
+        if value is not None:
+            cells.setdefault((place(row), row["prompt_index"]), []).append(value)
     prompts = sorted({prompt for _, prompt in cells})
     grid = [[cells.get((at, prompt)) for prompt in prompts] for at in places]
     if len(places) < 2 or not prompts or any(cell is None for line in grid for cell in line):

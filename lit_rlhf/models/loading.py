@@ -171,9 +171,14 @@ def merge_adapter(model: Any, path: str) -> Any:
     return merged.requires_grad_(requires_grad=True).train()
 
 
-def checkpoint_activations(model: Any) -> None:
-    """Recompute layers in the backward pass; the non-reentrant form also works where no input needs a gradient."""
-    how = {"use_reentrant": False}
+def checkpoint_activations(model: Any, **how: Any) -> None:
+    """Recompute layers in the backward pass; the non-reentrant form also works where no input needs a gradient.
+
+    Args:
+        model: a transformers model.
+        how: further arguments of `torch.utils.checkpoint.checkpoint`.
+    """
+    how = {"use_reentrant": False} | how
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
     else:  # transformers before 5.20

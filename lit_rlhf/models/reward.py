@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -23,9 +24,15 @@ from lit_rlhf.models.loading import (
     merge_adapter,
     run_transformer,
 )
-from lit_rlhf.types import Sequences, UserError
+from lit_rlhf.types import Scorer, Sequences, UserError
 
 DESCRIBED = "score.json"  # beside an adapter: what `config.json` holds beside full weights
+FORM_FILE = "reward.json"  # over the folders of a model of several parts
+FORMS = {  # form to scorer; imported when asked for
+    "reward": "lit_rlhf.models.scorers.HFRewardModel",
+    "reward_ensemble": "lit_rlhf.models.scorers.EnsembleRewardModel",
+    "reward_moe": "lit_rlhf.models.moe_scorer.MoERewardModel",
+}
 
 
 class RewardModel(nn.Module):
@@ -58,9 +65,8 @@ class RewardModel(nn.Module):
 
         self.path = resolve(path)
         self.options = options or ModelOptions()
-        model = _load_classifier(self.path, self.options, fresh_head=fresh_head)
-        for name, unset in (("score_mean", 0.0), ("score_std", 1.0)):
-            value = float(getattr(model.config, name, unset))
+        model, _ = load_classifier(self.path, self.options, fresh_head=fresh_head)
+        for name, value in zip(("score_mean", "score_std"), score_scale(model.config), strict=True):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32))
         self.model: Any = add_lora(model, self.options.lora, "SEQ_CLS") if self.options.lora else model
         if self.options.activation_checkpointing:
@@ -88,12 +94,13 @@ class RewardModel(nn.Module):
             return self.head(pooled.to(self.head.weight.dtype))[:, 0].float()
 
     @torch.no_grad()
-    def set_scale(self, mean: float, std: float) -> None:
+    def set_scale(self, mean: float | Tensor, std: float | Tensor) -> None:
         """Keep the mean and standard deviation of the scores on reference responses.
 
         Raises:
             UserError: a spread that is not a positive number.
         """
+        mean, std = float(mean), float(std)
         if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
             raise UserError(f"the scores' mean must be finite and their std positive, got mean {mean} and std {std}")
         self.score_mean.fill_(mean)
@@ -122,11 +129,13 @@ class RewardModel(nn.Module):
         Args:
             folder: where to; made if absent.
             tokenizer: of this model; saved too, with the padding token in use.
-            merged: with LoRA, write the full model with the updates added in, in place of the adapter alone.
+            merged: with LoRA, write the full model with the updates added in, in place of the adapter alone; always so
+                where the model itself came from an adapter folder.
         """
         state = full_state_dict(self.model)
         if not is_writer():
             return
+        merged = merged or adapter_base(self.path) is not None  # an adapter folder can name no merged base
         model = self.model
         if self.options.lora and merged:
             copy = RewardModel(self.path, self.options)
@@ -154,28 +163,80 @@ class RewardModel(nn.Module):
         return config
 
 
+def load(path: str, **options: Any) -> Scorer:
+    """Return the scorer of a reward model folder of any form, by the `form` in its `reward.json`.
+
+    Args:
+        path: folder, hub id or `builtin:` name; without `reward.json` it is an ordinary reward model.
+        options: further arguments of that scorer.
+
+    Raises:
+        UserError: an unknown form.
+    """
+    content = described(path)
+    form = "reward" if content is None else content["form"]
+    if form not in FORMS:
+        raise UserError(f"{path}: {FORM_FILE} names the form {form!r}; expected one of {', '.join(FORMS)}")
+    module, _, name = FORMS[form].rpartition(".")
+    scorer: Scorer = getattr(importlib.import_module(module), name)(path, **options)
+    return scorer
+
+
+def described(path: str) -> dict[str, Any] | None:
+    """Return what a folder of several parts says of itself in `reward.json`; None for any other model.
+
+    Raises:
+        UserError: the file is no JSON object with a `form`.
+    """
+    file = Path(path) / FORM_FILE
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from error
+    if not isinstance(content, dict) or "form" not in content:
+        raise UserError(f"{file}: expected a JSON object with `form`, got {content!r}")
+    return content
+
+
+def score_scale(config: Any) -> tuple[float, float]:
+    """Return the mean and standard deviation of scores that a config keeps; 0 and 1 where it keeps none."""
+    return float(getattr(config, "score_mean", 0.0)), float(getattr(config, "score_std", 1.0))
+
+
 def last_token(attention_mask: Tensor) -> Tensor:
     """Return the column of each row's last real token, [N], by the mask and never by ids."""
     columns = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
     return (attention_mask * columns).argmax(-1)
 
 
-def _load_classifier(path: str, options: ModelOptions, *, fresh_head: bool) -> Any:
+def load_classifier(path: str, options: ModelOptions, *, fresh_head: bool) -> tuple[Any, bool]:
+    """Load a body with one score head, adapters merged, and say whether the head is the folder's own.
+
+    Args:
+        path: causal LM, classifier or adapter folder, or hub id.
+        options: how to load; new adapters are not added here.
+        fresh_head: whether a causal LM gets a new head.
+
+    Raises:
+        UserError: see `RewardModel`.
+    """
     base = adapter_base(path)
     file = Path(path) / DESCRIBED
-    model = _load_full(base or path, options, fresh_head=fresh_head or file.is_file())
+    model, own_head = _load_full(base or path, options, fresh_head=fresh_head or file.is_file())
     if base is None:
-        return model
+        return model, own_head
     described = json.loads(file.read_text()) if file.is_file() else {}
     vocabulary = described.pop("vocab_size", 0)
     if vocabulary > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
     model = merge_adapter(model, path)
     model.config.update(described)
-    return model
+    return model, own_head or file.is_file()
 
 
-def _load_full(path: str, options: ModelOptions, *, fresh_head: bool) -> Any:
+def _load_full(path: str, options: ModelOptions, *, fresh_head: bool) -> tuple[Any, bool]:
     from transformers import AutoModelForSequenceClassification
 
     config = load_config(path, options)
@@ -191,8 +252,15 @@ def _load_full(path: str, options: ModelOptions, *, fresh_head: bool) -> Any:
         raise UserError(f"{path}: {type(model).__name__} has no linear head called `score`")
     model.score.float()
     if not classifier:
-        nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
-    return model
+        init_head(model.score)
+    return model, classifier
+
+
+def init_head(head: nn.Linear, generator: torch.Generator | None = None) -> None:
+    """Draw a score head anew: normal with standard deviation 1 / sqrt(d + 1), d the width, and no bias."""
+    nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1), generator=generator)
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
 
 
 def _save_classifier(model: Any, state: dict[str, Tensor], config: Any, folder: str | Path) -> None:

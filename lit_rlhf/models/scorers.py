@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lit_rlhf.encoding import Encoded, Encoder
+from lit_rlhf.encoding import Encoder
 from lit_rlhf.functional.aggregation import Mean, RewardAggregator
+from lit_rlhf.models.ensemble import RewardEnsemble, load_ensemble
 from lit_rlhf.models.loading import ModelOptions
 from lit_rlhf.models.reward import RewardModel
 from lit_rlhf.types import Prompt, Scorer, Scores, UserError
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class HFRewardModel(Scorer):
@@ -66,35 +69,116 @@ class HFRewardModel(Scorer):
             UserError: a prompt fills the window alone, or `path` is no reward model.
         """
         model, encoder = self._load()
-        rows = self._encode(encoder, prompts, responses)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-        total = torch.zeros(len(rows))
-        device = model.score_mean.device
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            batch = encoder.collate([rows[i] for i in chosen]).to(device)
-            with torch.autocast(device.type, enabled=False):
-                total[chosen] = model(batch).cpu()
+        total = score_rows(model, encoder, prompts, responses, self.batch_size)
         if self.normalise:
             total = (total - model.score_mean.cpu()) / model.score_std.cpu()
         return Scores(total)
-
-    def _encode(self, encoder: Encoder, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Encoded]:
-        rows = []
-        for number, row in enumerate(encoder.encode_many(prompts, responses), 1):
-            if row is None:
-                window = encoder.max_length
-                raise UserError(f"{self.path}: prompt {number} alone fills the reward model's window, {window} tokens")
-            rows.append(row)
-        return rows
 
     def _load(self) -> tuple[RewardModel, Encoder]:
         if self._loaded is None:
             encoder = Encoder.from_pretrained(self.path, joiner=self.joiner, max_length=self.max_length)
             model = RewardModel(self.path, ModelOptions(dtype=self.dtype), fresh_head=False)
-            device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-            self._loaded = model.requires_grad_(requires_grad=False).eval().to(device), encoder
+            self._loaded = frozen(model, self.device), encoder
         return self._loaded
+
+
+class EnsembleRewardModel(Scorer):
+    """An ensemble folder as a scorer: every member reads every response in one batched forward pass.
+
+    total = aggregator(members),    members_k = (score_k - mean_k) / std_k unless `raw`
+
+    Mean and standard deviation are those that each member keeps of its scores on held-out reference responses, so
+    that offsets and scales between members do not pass for disagreement.
+
+    Args:
+        path: folder that `RewardEnsemble.export` wrote.
+        aggregator: [B, K] to [B]; the mean when left out.
+        batch_size: rows in one forward pass of one member; >= 1.
+        joiner: text between a string prompt and its response.
+        raw: combine the members' raw scores.
+        max_length: window in tokens; None takes the model's, at most 1024.
+        device: None takes the current GPU where there is one, else the CPU.
+        dtype: of the weights; the heads work in float32 in any case.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        aggregator: RewardAggregator | None = None,
+        batch_size: int = 64,
+        joiner: str = " ",
+        *,
+        raw: bool = False,
+        max_length: int | None = None,
+        device: str | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"EnsembleRewardModel: batch_size must be >= 1, got {batch_size}")
+        self.path, self.batch_size, self.joiner, self.raw = path, batch_size, joiner, raw
+        self.aggregator = Mean() if aggregator is None else aggregator
+        self.max_length, self.device, self.dtype = max_length, device, dtype
+        self._loaded: tuple[RewardEnsemble, Encoder] | None = None
+
+    @torch.no_grad()
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        categories: Sequence[str | None] | None = None,  # noqa: ARG002 - one ensemble for all categories
+    ) -> Scores:
+        """Score each response by all members and aggregate; `members` holds what the aggregator saw, [B, K].
+
+        Raises:
+            UserError: a prompt fills the window alone, or `path` is no ensemble.
+        """
+        model, encoder = self._load()
+        scores = score_rows(model, encoder, prompts, responses, self.batch_size).reshape(len(responses), model.members)
+        members = scores if self.raw else model.standardise(scores)
+        return Scores(self.aggregator(members), members)
+
+    def _load(self) -> tuple[RewardEnsemble, Encoder]:
+        if self._loaded is None:
+            model = load_ensemble(self.path, ModelOptions(dtype=self.dtype))
+            encoder = Encoder.from_pretrained(self.path, joiner=self.joiner, max_length=self.max_length)
+            self._loaded = frozen(model, self.device), encoder
+        return self._loaded
+
+
+def frozen(model: ModuleT, device: str | None) -> ModuleT:
+    """Put a model to work: in eval mode, without gradients, on `device` or the current GPU or else the CPU."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.requires_grad_(requires_grad=False).eval().to(device)
+
+
+@torch.no_grad()
+def score_rows(
+    model: nn.Module, encoder: Encoder, prompts: Sequence[Prompt], responses: Sequence[str], batch_size: int = 64
+) -> Tensor:
+    """Score responses in batches of like length.
+
+    Returns:
+        [B] or [B, K] on the CPU, as the model gives them; a row does not depend on the batch it is in.
+
+    Raises:
+        UserError: a prompt fills the window alone.
+    """
+    rows = []
+    for number, row in enumerate(encoder.encode_many(prompts, responses), 1):
+        if row is None:
+            raise UserError(f"prompt {number} alone fills the reward model's window, {encoder.max_length} tokens")
+        rows.append(row)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    device = next(model.parameters()).device
+    parts = []
+    for start in range(0, len(order), batch_size):
+        batch = encoder.collate([rows[i] for i in order[start : start + batch_size]]).to(device)
+        with torch.autocast(device.type, enabled=False):
+            parts.append(model(batch).cpu())
+    if not parts:
+        return torch.zeros(0)
+    found = torch.cat(parts)
+    return found[torch.tensor(order).argsort()]
 
 
 class FunctionScorer(Scorer):

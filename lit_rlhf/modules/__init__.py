@@ -2,6 +2,9 @@
 
 from lit_rlhf.modules.preference import PreferenceModule
 from lit_rlhf.modules.reward import RewardModule
+from lit_rlhf.modules.reward_ensemble import RewardEnsembleModule
+from lit_rlhf.modules.reward_moe import RewardMoEModule
+from lit_rlhf.modules.router import RouterModule
 from lit_rlhf.modules.sft import SFTModule
 
-__all__ = ["PreferenceModule", "RewardModule", "SFTModule"]
+__all__ = ["PreferenceModule", "RewardEnsembleModule", "RewardMoEModule", "RewardModule", "RouterModule", "SFTModule"]

@@ -34,6 +34,7 @@ class BaseModule(LightningModule):
     """
 
     method: str
+    member_numbers: tuple[int, ...] | None = None  # of an ensemble, whose members each take a stream of the data
 
     def __init__(
         self,
@@ -99,6 +100,12 @@ class BaseModule(LightningModule):
         if datamodule is None:
             return
         self.encoder = datamodule.encoder
+        streams = datamodule.stream_numbers
+        if stage == "fit" and streams != self.member_numbers and (self.member_numbers or len(streams) > 1):
+            raise UserError(
+                f"data.streams is {list(streams)} and model.members {list(self.member_numbers or [0])}: expected equal"
+                " values, one order of the rows for each member"
+            )
         if datamodule.tokenizer != self.model_name_or_path:
             own = Encoder.from_pretrained(
                 self.model_name_or_path, trust_remote_code=self.options.trust_remote_code

@@ -31,6 +31,9 @@ def planned_steps(trainer: Any) -> int:
     """
     if not hasattr(trainer.datamodule, "loader"):  # somebody else's data
         return int(trainer.estimated_stepping_batches)
+    if hasattr(trainer.datamodule, "planned_steps"):  # its epochs differ in length
+        total = int(trainer.datamodule.planned_steps)
+        return total if trainer.max_steps < 0 else min(total, trainer.max_steps)
     micro_batches = len(trainer.datamodule.loader("train", training=True))
     limit = trainer.limit_train_batches
     micro_batches = min(micro_batches, limit) if isinstance(limit, int) else int(micro_batches * limit)

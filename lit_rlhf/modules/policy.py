@@ -91,7 +91,9 @@ class PolicyModule(BaseModule):
         path = self._data_proxy()
         if self.proxy_scorer is None and path is not None:
             self.proxy_scorer = HFRewardModel(path)
-        return None if self.proxy_scorer is None else self.proxy_scorer.score(rollout.prompts, rollout.responses)
+        if self.proxy_scorer is None:
+            return None
+        return self.proxy_scorer.score(rollout.prompts, rollout.responses, rollout.categories)
 
     def _data_proxy(self) -> str | None:
         datamodule = None if self._trainer is None else getattr(self._trainer, "datamodule", None)

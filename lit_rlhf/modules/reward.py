@@ -11,8 +11,9 @@ from torch import Tensor
 from lit_rlhf.functional.preference import bradley_terry
 from lit_rlhf.models.backbone import evaluating
 from lit_rlhf.models.reward import RewardModel
+from lit_rlhf.models.scorers import score_rows
 from lit_rlhf.modules.base import BaseModule
-from lit_rlhf.types import LossOutput, PreferenceBatch, Prompt, Scores, UserError
+from lit_rlhf.types import LossOutput, PreferenceBatch, Prompt, Scores
 
 
 class RewardModule(BaseModule):
@@ -34,7 +35,7 @@ class RewardModule(BaseModule):
     def __init__(self, *, use_margin: bool = False, centering: float = 0.0, l2: float = 0.0, **base: Any) -> None:
         super().__init__(**base)
         self.use_margin, self.centering, self.l2 = use_margin, centering, l2
-        self.reward_model: RewardModel | None = None
+        self.reward_model: Any = None
         self._scores: list[Tensor] = []
         self.keep_hyper_parameters(use_margin=use_margin, centering=centering, l2=l2)
 
@@ -42,7 +43,7 @@ class RewardModule(BaseModule):
         """Load the body and its score head."""
         self.reward_model = RewardModel(self.model_name_or_path, self.options)
 
-    def backbones(self) -> list[RewardModel]:
+    def backbones(self) -> list[Any]:
         """Return the loaded model."""
         return [] if self.reward_model is None else [self.reward_model]
 
@@ -57,23 +58,23 @@ class RewardModule(BaseModule):
         """Forget the scores of the last validation."""
         self._scores = []
 
-    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Log accuracy and margin on held-out pairs, and collect the scores for their mean and spread."""
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
+        """Log accuracy and margin on held-out pairs, and return the 2B scores, chosen first, for who observes."""
         scores, output = self.losses(batch)
         self._scores.append(scores.detach().double())
         self.log_validation({"loss": output.loss, **output.metrics})
+        return {"scores": self.combined(scores.detach())}
 
     def on_validation_epoch_end(self) -> None:
         """Keep mean and standard deviation of the scores of all held-out responses, over all ranks."""
-        assert self.reward_model is not None
         scores = torch.cat(self._scores)
-        sums = torch.stack([torch.ones_like(scores).sum(), scores.sum(), scores.square().sum()])
+        sums = torch.stack([torch.ones_like(scores).sum(0), scores.sum(0), scores.square().sum(0)])
         sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
         mean = sums[1] / sums[0]
         std = (sums[2] / sums[0] - mean.square()).clamp_min(0).sqrt()
-        if std > 0:
-            self.reward_model.set_scale(mean.item(), std.item())
-        self.log("val/reward/std", std.float())
+        if (std > 0).all():
+            self.reward_model.set_scale(mean, std)
+        self.log("val/reward/std", std.float().mean())
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start
@@ -81,25 +82,29 @@ class RewardModule(BaseModule):
 
     def losses(self, batch: PreferenceBatch) -> tuple[Tensor, LossOutput]:
         """Return the scores, [2B] with chosen first, and the loss of each pair, [B]."""
-        assert self.reward_model is not None
         scores = self.reward_model(batch.sequences)
         chosen, rejected = scores.chunk(2)
-        margin = batch.margin if self.use_margin else None
-        return scores, bradley_terry(chosen, rejected, margin, self.centering, self.l2, label=batch.label)
+        return scores, self.pair_losses(chosen, rejected, batch)
+
+    def pair_losses(self, chosen: Tensor, rejected: Tensor, batch: PreferenceBatch) -> LossOutput:
+        """Return the loss of each pair, [B]; for K members' scores [K, B], [K B]."""
+        members = chosen.numel() // len(batch.label)
+        margin = batch.margin.repeat(members) if self.use_margin else None
+        label = batch.label.repeat(members)
+        return bradley_terry(chosen.flatten(), rejected.flatten(), margin, self.centering, self.l2, label=label)
+
+    def combined(self, scores: Tensor) -> Scores:
+        """Make one score a response of what the model gives."""
+        return Scores(scores)
 
     @torch.no_grad()
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
-        """Score responses in raw units."""
-        assert self.reward_model is not None
-        encoder = self.text_encoder()
-        rows = [encoder.encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        for number, row in enumerate(rows, 1):
-            if row is None:
-                raise UserError(f"row {number}: its prompt fills the model's window of {encoder.max_length} tokens")
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], categories: Sequence[str | None] | None = None
+    ) -> Scores:
+        """Score responses in raw units; categories are not read."""
         with evaluating(self):
-            return Scores(self.reward_model(encoder.collate([r for r in rows if r is not None]).to(self.device)))
+            return self.combined(score_rows(self.reward_model, self.text_encoder(), prompts, responses))
 
     def export(self, folder: str, *, merge: bool = False) -> None:
         """Write a folder that plain transformers scores with; called on all ranks."""
-        assert self.reward_model is not None
         self.reward_model.export(folder, self.text_encoder().tokenizer, merged=merge)

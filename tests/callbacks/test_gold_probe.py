@@ -71,6 +71,7 @@ class Policy(pl.LightningModule):
         return self._logps(self.start, rollout.sequences, rollout.sampling)
 
     def proxy(self, rollout):
+        assert rollout.categories == [None] * len(rollout.responses)  # those of the prompts
         members = torch.tensor(
             [[float(r.count("good")), float(r.count("good") + r.count("fine"))] for r in rollout.responses]
         )

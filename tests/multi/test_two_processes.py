@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.multi, pytest.mark.slow]
 
 ROOT = Path(__file__).parent.parent.parent
 WORKER = Path(__file__).parent / "worker.py"
-CASES = [f"{kind}-{how}" for kind in ("sft", "reward", "preference") for how in ("full", "lora")]
+CASES = [f"{kind}-{how}" for kind in ("sft", "reward", "reward_ensemble", "preference") for how in ("full", "lora")]
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +62,30 @@ def test_the_probe_sees_the_same_policy(results, strategy, case):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("reward")])
+def test_reward_diagnostics_are_those_of_one_process(results, strategy, case):
+    _, found = results
+    one, two = found["auto-0"][case]["diagnostics"], found[f"{strategy}-0"][case]["diagnostics"]
+    assert [record["step"] for record in two] == [2, 4]
+    for a, b in zip(one, two, strict=True):
+        assert a["accuracy"] == b["accuracy"]
+        assert a["accuracy"]["n"] == 16
+        assert b["categories"].keys() == a["categories"].keys()
+        for key in ("brier", "ece", "margin"):
+            assert b[key] == pytest.approx(a[key], abs=1e-5), key
+        for key in ("shift", "auroc", "samples"):
+            assert b["policy"][key] == pytest.approx(a["policy"][key], abs=1e-4), key
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_exported_weights_are_the_same(results, strategy, case):
     out, _ = results
     weights = "adapter_model.safetensors" if case.endswith("lora") else "model.safetensors"
-    one, two = (load_file(out / case / s / "hf" / weights) for s in ("auto", strategy))
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        assert (value - two[name]).abs().max() < 1e-4, name
+    files = sorted((out / case / "auto" / "hf").rglob(weights))
+    assert len(files) == (4 if case.startswith("reward_ensemble") else 1)
+    for file in files:
+        one, two = load_file(file), load_file(out / case / strategy / file.relative_to(out / case / "auto"))
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            assert (value - two[name]).abs().max() < 1e-4, name

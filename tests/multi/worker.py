@@ -6,17 +6,18 @@ python worker.py OUT STRATEGY MODEL      (STRATEGY: auto, ddp, fsdp)
 import json
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from callbacks import GoldProbe, HFExport
+from callbacks import GoldProbe, HFExport, RewardDiagnostics
 from lit_rlhf.data import PreferenceData, SFTData
 from lit_rlhf.functional.preference import DPO
 from lit_rlhf.models.backbone import LoRA
-from lit_rlhf.modules import PreferenceModule, RewardModule, SFTModule
+from lit_rlhf.modules import PreferenceModule, RewardEnsembleModule, RewardModule, SFTModule
 from lit_rlhf.modules.optimizer import Optimizer
 from lit_rlhf.strategy import FSDP2
 from lit_rlhf.types import Sampling
@@ -39,6 +40,8 @@ def modules(path):
         shared = {"model_name_or_path": path, "optimizer": optimizer, "lora": lora}
         yield f"sft-{suffix}", SFTModule(**shared), SFTData
         yield f"reward-{suffix}", RewardModule(**shared), PreferenceData
+        members = RewardEnsembleModule(members=4, mode=suffix, seed=0, **shared)
+        yield f"reward_ensemble-{suffix}", members, partial(PreferenceData, streams=4)
         yield f"preference-{suffix}", PreferenceModule(loss=DPO(beta=0.1), **shared), PreferenceData
 
 
@@ -68,8 +71,9 @@ def run(strategy, out, name, module, data_class):
     seed_everything(0, verbose=False)
     losses = Losses()
     callbacks = [losses, HFExport()]
-    if not isinstance(module, RewardModule):
-        callbacks.append(GoldProbe(every_n_steps=2, n_prompts=5, sampling=Sampling(max_new_tokens=12), batch_size=2))
+    watch = {"n_prompts": 5, "sampling": Sampling(max_new_tokens=12), "batch_size": 2}
+    reward = isinstance(module, RewardModule)
+    callbacks.append(RewardDiagnostics("builtin:policy", **watch) if reward else GoldProbe(every_n_steps=2, **watch))
     data = data_class(tokenizer=module.model_name_or_path, batch_size=GLOBAL_BATCH // world, limit=64, seed=0)
     trainer = trainer_for(strategy, out, name, callbacks)
     trainer.fit(module, data)
@@ -83,10 +87,13 @@ def run(strategy, out, name, module, data_class):
         "parameters": sum(p.numel() for p in trained),
         "local": sum(p.numel() for p in local),
         "rank": trainer.global_rank,
-        "probe": [json.loads(line) for line in (folder / "probe.jsonl").read_text().splitlines()]
-        if (folder / "probe.jsonl").exists()
-        else [],
+        "probe": lines(folder / "probe.jsonl"),
+        "diagnostics": lines(folder / "reward.jsonl"),
     }
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def main(out, strategy, path):

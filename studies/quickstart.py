@@ -18,7 +18,7 @@ from rich.table import Table
 
 OUT = Path("runs/quickstart")
 STAGES = {
-    "pairs": "12,000 pairs labelled by gold, 25 % of the labels wrong",
+    "pairs": "8,000 pairs labelled by gold, 25 % of the labels wrong",
     "reward": "proxy reward model trained on them",
     "dpo_small_beta": "DPO, beta 0.02: travels far",
     "dpo_large_beta": "DPO, beta 0.2: stays near",

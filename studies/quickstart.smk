@@ -24,7 +24,7 @@ rule pairs:
     log:
         f"{OUT}/logs/pairs.log",
     shell:
-        "{TRAIN} label {output} --noise 0.25 --n 12000 --seed {SEED} > {log} 2>&1 && touch {OUT}/logs/pairs.done"
+        "{TRAIN} label {output} --noise 0.25 --n 8000 --seed {SEED} > {log} 2>&1 && touch {OUT}/logs/pairs.done"
 
 
 rule reward:

@@ -38,10 +38,9 @@ def fit(module, data, *callbacks, steps=4, logger=False, ckpt_path=None, **optio
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
-        limit_val_batches=0,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        **options,
+        **{"limit_val_batches": 0} | options,
     )
     trainer.fit(module, data, ckpt_path=ckpt_path)
     return trainer
@@ -186,15 +185,19 @@ def test_a_loss_that_is_not_finite_stops_the_run():
 
 
 def test_a_reward_model_keeps_its_scale(tmp_path):
-    module = RewardModule(optimizer=FAST)
-    trainer = fit(module, pairs(), steps=2)
-    trainer.validate(module, pairs(), verbose=False)
-    model = module.reward_model
-    assert model.score_std > 0
+    module, data = RewardModule(optimizer=FAST), pairs()
+    trainer = fit(module, data, steps=2, limit_val_batches=1.0)
+    trainer.validate(module, data, verbose=False)
+    with torch.no_grad():
+        scores = torch.cat([module.reward_model(batch.sequences) for batch in data.val_dataloader()]).double()
     module.export(str(tmp_path / "hf"))
     from transformers import AutoConfig
 
-    assert AutoConfig.from_pretrained(tmp_path / "hf").score_std == pytest.approx(model.score_std.item())
+    kept = AutoConfig.from_pretrained(tmp_path / "hf")
+    assert kept.score_mean == pytest.approx(scores.mean().item(), abs=1e-5)
+    assert kept.score_std == pytest.approx(scores.std(correction=0).item(), abs=1e-5)
+    assert kept.score_std > 0
+    assert kept.score_std != 1  # what it is before it is measured
 
 
 def test_precomputed_references_change_nothing_and_are_reused(tmp_path):

@@ -8,11 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.judge import JudgeOptions
 from lit_rlhf.types import Prompt, Sampling, Scores
+
+SplitName = Literal["train", "validation", "test"]
 
 SAMPLING = Sampling()
 NOBODY = JudgeOptions()
@@ -84,12 +86,14 @@ def predict(
         print(f"summary: {evaluation.write(out, summary)}")
 
 
-def label(
+def label(  # noqa: PLR0913 - one argument for each key of the command
     out: str,
     *,
     source: str = "builtin:world",
     noise: float | None = None,
+    aspect_noise: float = 0.0,
     n: int = 8000,
+    split: SplitName = "train",
     seed: int = 0,
     gold: str | None = None,
     judge: JudgeOptions = NOBODY,
@@ -100,7 +104,9 @@ def label(
         out: JSONL to write.
         source: preference rows to label anew, or `builtin:world` for fresh pairs of the built-in world.
         noise: gold labels: share of wrong ones in [0, 0.5]; exactly that share is flipped; 0.25 unless set.
+        aspect_noise: gold labels: share of wrong ones among the rows' `aspects`, in [0, 0.5].
         n: how many pairs at most.
+        split: of the built-in world; no two share a prompt, whatever their seeds.
         seed: of the world's pairs and, apart, of the flips.
         gold: class path of the scorer that labels; lit_rlhf.data.synthetic.WorldGold unless set.
         judge: with `judge.url`, a judge's `aspects` are added and the order of each pair stays as it is.
@@ -108,21 +114,22 @@ def label(
     if n < 1:
         raise UserError(f"n must be >= 1 pairs, got {n}")
     if judge.url:
-        if noise is not None or gold is not None:
-            raise UserError("noise and gold belong to gold labels; expected neither together with judge.url")
-        _label_by_judge(_pairs(source, n, seed), judge, out)
+        if noise is not None or gold is not None or aspect_noise:
+            raise UserError("noise, aspect_noise and gold belong to gold labels; expected none with judge.url")
+        _label_by_judge(_pairs(source, n, split, seed), judge, out)
     else:
-        noise = 0.25 if noise is None else noise
-        _label_by_gold(_pairs(source, n, seed), _scorer(gold or "lit_rlhf.data.synthetic.WorldGold"), out, noise, seed)
+        scorer = _scorer(gold or "lit_rlhf.data.synthetic.WorldGold")
+        shares = (0.25 if noise is None else noise, aspect_noise)
+        _label_by_gold(_pairs(source, n, split, seed), scorer, out, shares, seed)
 
 
-def _pairs(source: str, n: int, seed: int) -> list[dict[str, Any]]:
+def _pairs(source: str, n: int, split: SplitName, seed: int) -> list[dict[str, Any]]:
     from lit_rlhf.data.rows import preference_rows
     from lit_rlhf.data.sources import read
     from lit_rlhf.data.synthetic import World
 
     if source == "builtin:world":
-        return World(seed).preference_rows(n, noise=0.0)
+        return World(seed).preference_rows(n, noise=0.0, split=split)
     found = list(islice(((record, row) for record in read(source) for row in preference_rows(record)), n + 1))
     if len(found) > n:
         print(f"{source} has more than {n} pairs; the first {n} are labelled, a larger --n takes more")
@@ -130,10 +137,10 @@ def _pairs(source: str, n: int, seed: int) -> list[dict[str, Any]]:
     return [dict(record.values) | {key: getattr(row, key) for key in texts} for record, row in found[:n]]
 
 
-def _label_by_gold(rows: list[dict[str, Any]], gold: Any, out: str, noise: float, seed: int) -> None:
+def _label_by_gold(rows: list[dict[str, Any]], gold: Any, out: str, noise: tuple[float, float], seed: int) -> None:
     from lit_rlhf.labelling import label_pairs
 
-    labelled = label_pairs(rows, gold, noise, seed)
+    labelled = label_pairs(rows, gold, noise[0], seed, aspect_noise=noise[1])
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     Path(out).write_text("".join(json.dumps(row) + "\n" for row in labelled), encoding="utf-8")
     flipped = sum(row["flipped"] for row in labelled)

@@ -11,24 +11,30 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.types import Scorer
 
 
-def label_pairs(rows: Sequence[dict[str, Any]], gold: Scorer, noise: float, seed: int) -> list[dict[str, Any]]:
+def label_pairs(
+    rows: Sequence[dict[str, Any]], gold: Scorer, noise: float, seed: int, aspect_noise: float = 0.0
+) -> list[dict[str, Any]]:
     """Return the pairs with `chosen` the one that `gold` scores higher, except in a share `noise` of them.
 
     Exactly round(noise x pairs) labels are flipped, drawn once from a generator of their own; every row keeps
-    `flipped` and both gold scores. Pairs with equal scores carry no preference and are left out.
+    `flipped` and both gold scores. Pairs with equal scores carry no preference and are left out. Where rows bring
+    `aspects`, a share `aspect_noise` of all that say 1 or -1 is flipped too, whatever the pair's own label.
 
     Raises:
-        UserError: noise outside [0, 0.5].
+        UserError: a noise outside [0, 0.5].
     """
-    if not 0 <= noise <= 0.5:
-        raise UserError(f"noise must be in [0, 0.5], the share of wrong labels; got {noise}")
+    for name, share in {"noise": noise, "aspect_noise": aspect_noise}.items():
+        if not 0 <= share <= 0.5:
+            raise UserError(f"{name} must be in [0, 0.5], the share of wrong labels; got {share}")
     prompts = [row["prompt"] for row in rows]
     categories = [row.get("category") for row in rows]
     first = gold.score(prompts, [row["chosen"] for row in rows], categories).total.tolist()
     second = gold.score(prompts, [row["rejected"] for row in rows], categories).total.tolist()
     kept = [entry for entry in zip(rows, first, second, strict=True) if entry[1] != entry[2]]
     flips = set(np.random.default_rng(seed).permutation(len(kept))[: round(noise * len(kept))].tolist())
-    return [_labelled(row, a, b, flipped=i in flips) for i, (row, a, b) in enumerate(kept)]
+    labelled = [_labelled(row, a, b, flipped=i in flips) for i, (row, a, b) in enumerate(kept)]
+    _flip_aspects(labelled, aspect_noise, seed)
+    return labelled
 
 
 def _labelled(row: dict[str, Any], first: float, second: float, *, flipped: bool) -> dict[str, Any]:
@@ -39,3 +45,12 @@ def _labelled(row: dict[str, Any], first: float, second: float, *, flipped: bool
     if swap and "aspects" in row:
         labelled["aspects"] = {name: -value for name, value in row["aspects"].items()}
     return labelled | {"gold": {"chosen": scores[0], "rejected": scores[1]}}
+
+
+def _flip_aspects(rows: list[dict[str, Any]], noise: float, seed: int) -> None:
+    """Flip exactly round(noise x labels) of the aspect labels, drawn from a generator apart from that of the pairs."""
+    places = [(i, name) for i, row in enumerate(rows) for name, value in row.get("aspects", {}).items() if value]
+    order = np.random.default_rng([seed, 1]).permutation(len(places))
+    for place in order[: round(noise * len(places))]:
+        i, name = places[place]
+        rows[i]["aspects"] = rows[i]["aspects"] | {name: -rows[i]["aspects"][name]}

@@ -636,7 +636,7 @@ def test_label_by_a_judge_from_the_command_line(out, capfd):
     assert "more than 2 pairs" in shown.out
     assert re.search(r"loud +2 +100\.0% +0 +0 +0 +0 +50\.0%", shown.out)
     assert "4 of 4 questions asked, 400 tokens in, 40 out, cost 0.0014" in shown.err  # 400 x 2.5 and 40 x 10, a million
-    assert "noise and gold belong to gold labels" in shown.err
+    assert "noise, aspect_noise and gold belong to gold labels" in shown.err
     assert "401" in shown.err
     assert "Traceback" not in shown.err
 

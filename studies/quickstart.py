@@ -23,6 +23,9 @@ STAGES = {
     "dpo_small_beta": "DPO, beta 0.02: travels far",
     "dpo_large_beta": "DPO, beta 0.2: stays near",
     "rpo": "RPO, beta 0.02 with an SFT anchor",
+    "reward_ensemble": "five reward models from 1,000 of the pairs",
+    "reward_moe": "DMoERM from the same 1,000 pairs",
+    "bon": "best of up to 256 samples by each of them",
     "report": "one HTML report",
 }
 SILENCE = 4.0  # seconds between two signs of life where there is no terminal

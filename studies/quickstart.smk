@@ -1,5 +1,7 @@
-# The quickstart: noisy gold-labelled pairs, a proxy reward model, direct alignment three ways, one report.
+# The quickstart: noisy gold-labelled pairs, a proxy reward model, direct alignment three ways, best-of-n under reward
+# models that saw only 1,000 of the pairs, one report.
 # Every stage is a plain train.py command; finished stages are not rerun; `--executor slurm` takes the same file to a cluster.
+import json
 import sys
 
 OUT = config.get("out", "runs/quickstart")
@@ -10,6 +12,12 @@ LOSSES = {
     "dpo_small_beta": "configs/dpo.yaml --config configs/hardware/cpu.yaml --model.loss.beta 0.02",
     "dpo_large_beta": "configs/dpo.yaml --config configs/hardware/cpu.yaml --model.loss.beta 0.2",
     "rpo": "configs/rpo.yaml --config configs/hardware/cpu.yaml",
+}
+
+FEW = {
+    "reward_ensemble": "configs/reward_ensemble.yaml --model.init_args.mode full --model.init_args.lora null"
+    " --model.optimizer.lr 3e-3 --trainer.max_epochs 5",
+    "reward_moe": "configs/reward_moe.yaml",
 }
 
 
@@ -60,13 +68,75 @@ rule align:
         " --trainer.logger.init_args.version 0 > {log} 2>&1 && touch {OUT}/logs/{wildcards.loss}.done"
 
 
+rule few:
+    input:
+        rules.pairs.output,
+    output:
+        f"{OUT}/{{kind}}/version_0/hf/reward.json",
+    wildcard_constraints:
+        kind="|".join(FEW),
+    log:
+        f"{OUT}/logs/{{kind}}.log",
+    params:
+        config=lambda w: FEW[w.kind],
+    shell:
+        "OMP_NUM_THREADS=1 {TRAIN} fit --config {params.config} --config configs/hardware/cpu.yaml --data.init_args.train {input}"
+        " --data.init_args.limit 1000 --seed_everything {SEED} --trainer.logger.init_args.save_dir {OUT}"
+        " --trainer.logger.init_args.name {wildcards.kind} --trainer.logger.init_args.version 0 > {log} 2>&1"
+        " && touch {OUT}/logs/{wildcards.kind}.done"
+
+
+rule bon:
+    input:
+        [f"{OUT}/{kind}/version_0/hf/reward.json" for kind in FEW],
+    output:
+        touch(f"{OUT}/logs/bon.done"),
+    log:
+        f"{OUT}/logs/bon.log",
+    params:
+        rewards=lambda w, input: json.dumps(
+            {
+                name: {
+                    "class_path": f"lit_rlhf.models.{scorer}",
+                    "init_args": {"path": path.removesuffix("/reward.json"), "batch_size": 256} | more,
+                }
+                for path, (name, scorer, more) in zip(
+                    input,
+                    [
+                        ("members", "scorers.EnsembleRewardModel", {"raw": True}),
+                        ("dmoerm", "moe_scorer.MoERewardModel", {}),
+                    ],
+                )
+            }
+        ),
+        selectors=json.dumps(
+            {
+                "single": {"reward": "members", "by": "each_member"},
+                "mean": {"reward": "members", "by": "lit_rlhf.functional.aggregation.Mean"},
+                "wco": {"reward": "members", "by": "lit_rlhf.functional.aggregation.WorstCase"},
+                "uwo": {
+                    "reward": "members",
+                    "by": {
+                        "class_path": "lit_rlhf.functional.aggregation.UncertaintyWeighted",
+                        "init_args": {"coefficient": 0.5},
+                    },
+                },
+                "dmoerm": {"reward": "dmoerm", "by": "total"},
+            }
+        ),
+    shell:
+        "rm -rf {OUT}/bon && OMP_NUM_THREADS=1 {TRAIN} bon --config configs/bon.yaml --n_samples 256 --seed {SEED} --out {OUT}/bon"
+        " --rewards '{params.rewards}' --selectors '{params.selectors}' > {log} 2>&1"
+
+
 rule report:
     input:
         [RUN(name) for name in LOSSES],
+        rules.bon.output,
     output:
         f"{OUT}/report.html",
     params:
-        runs=" ".join(f"{OUT}/{name}/version_0" for name in LOSSES),
+        runs=" ".join(f"{OUT}/{name}/version_0" for name in [*LOSSES, "bon"]),
     log:
         f"{OUT}/logs/report.log",
     shell:

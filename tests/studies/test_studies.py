@@ -12,6 +12,8 @@ from lit_rlhf.assets import resolve
 from lit_rlhf.data import PreferenceData, SFTData
 from lit_rlhf.models.backbone import Backbone
 from lit_rlhf.models.reward import RewardModel
+from lit_rlhf.types import Scorer, Scores
+from studies import dmoerm
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -21,11 +23,30 @@ def snakemake(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
 
 
-@pytest.mark.parametrize(("study", "jobs"), [("quickstart", 7), ("world", 13)])
+@pytest.mark.parametrize(("study", "jobs"), [("quickstart", 10), ("world", 13), ("best_of_n", 4), ("dmoerm", 12)])
 def test_a_study_plans_its_stages(study, jobs, tmp_path):
     done = snakemake("--snakefile", f"studies/{study}.smk", "-n", "--config", f"out={tmp_path}", f"assets={tmp_path}/a")
     assert done.returncode == 0, done.stderr
     assert f"total {jobs}".replace(" ", "") in done.stdout.replace(" ", "")
+
+
+def test_labels_as_pairs_point_where_the_aspects_point(tmp_path):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "category": "c", "aspects": {"x": 1, "y": -1, "z": 0}}
+    (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
+    dmoerm.labels(str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"))
+    rows = dmoerm.read(str(tmp_path / "out.jsonl"))
+    assert [(r["chosen"], r["rejected"]) for r in rows] == [("a", "b"), ("a", "b"), ("b", "a")]  # pair, x, y
+
+
+def test_the_share_of_right_pairs_counts_ties_half():
+    class Length(Scorer):
+        def score(self, prompts, responses, categories=None):
+            return Scores(torch.tensor([float(len(r)) for r in responses]))
+
+    rows = [
+        {"prompt": "p", "category": None, "chosen": c, "rejected": r} for c, r in [("aa", "a"), ("a", "b"), ("", "a")]
+    ]
+    assert dmoerm.right_share(Length(), rows) == pytest.approx(1.5 / 3)
 
 
 @torch.no_grad()

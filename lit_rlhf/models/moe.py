@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -76,6 +77,7 @@ class MoE(nn.Module):
             raise UserError("a DMoERM needs at least one category")
         self.points = {category: tuple(names) for category, names in points.items()}
         self.categories = tuple(self.points)
+        options = options if options.lora else replace(options, lora=LoRA())
         self.form, self.options, self.seed = form, options, seed
         counts = [len(names) for names in self.points.values()]
         self.register_buffer("counts", torch.tensor(counts), persistent=False)
@@ -95,7 +97,7 @@ class MoE(nn.Module):
         self.point_heads = nn.ModuleList(copy.deepcopy(heads[c]) for c, k in enumerate(counts) for _ in range(k))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.mixtures = nn.ModuleList(_mixture(k, self.width) for k in counts)
+            self.mixtures = nn.ModuleList(_mixture(k, self.width) if k else nn.Identity() for k in counts)
 
     @property
     def body(self) -> ExpertBody:
@@ -243,12 +245,13 @@ def select(sequences: Sequences, rows: Tensor) -> Sequences:
 
 
 def _bodies(path: str, counts: list[int], options: ModelOptions, form: Form, seed: int) -> list[ExpertBody]:
-    if options.lora is None:
-        options = ModelOptions(**(vars(options) | {"lora": LoRA()}))
     if form == "shared":
         return [ExpertBody(path, options, len(counts) + sum(counts), seed=seed)]
     first = [sum(counts[:c]) for c in range(len(counts))]
-    bodies = [ExpertBody(path, options, range(first[c], first[c] + k), seed=seed) for c, k in enumerate(counts)]
+    bare = replace(options, lora=None)  # of a category without points, which has no adapters
+    bodies = [
+        ExpertBody(path, options if k else bare, range(first[c], first[c] + k), seed=seed) for c, k in enumerate(counts)
+    ]
     for body in bodies:
         body.requires_grad_(requires_grad=True)
     return bodies

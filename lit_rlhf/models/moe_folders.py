@@ -123,8 +123,8 @@ def fill_moe(moe: MoE, folder: str | Path) -> list[str]:
 
 
 def _lora(moe: MoE) -> LoRA:
-    assert moe.body.options.lora is not None
-    return moe.body.options.lora
+    assert moe.options.lora is not None
+    return moe.options.lora
 
 
 def _described(moe: MoE, *, with_points: bool) -> dict[str, Any]:

@@ -252,6 +252,17 @@ def test_what_was_not_trained_is_not_written(tiny_llama_path, tokenizer, tmp_fol
     assert torch.equal(fresh.task(padded(ROWS), CATEGORY), moe.task(padded(ROWS), CATEGORY))
 
 
+def test_categories_without_points_have_their_own_score_alone(tiny_llama_path, form, tokenizer, tmp_folder):
+    bare = {"ask": (), "tell": POINTS["tell"]}
+    moe = MoE(tiny_llama_path, bare, OPTIONS, form=form)
+    scores = moe.task(padded(ROWS), CATEGORY)
+    write_moe(moe, tmp_folder, tokenizer, inner="none", phases=["task"])
+    fresh = MoE(tiny_llama_path, bare, OPTIONS, form=form, seed=5)
+    assert not torch.equal(fresh.task(padded(ROWS), CATEGORY), scores)
+    fill_moe(fresh, tmp_folder)
+    assert torch.equal(fresh.task(padded(ROWS), CATEGORY), scores)
+
+
 def test_a_folder_of_other_points_or_another_order_is_refused(written, tiny_llama_path):
     _, folder = written
     form = json.loads((folder / "reward.json").read_text())["body"]

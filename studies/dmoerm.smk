@@ -4,7 +4,7 @@ import sys
 
 OUT = config.get("out", "runs/dmoerm")
 SEEDS = config.get("seeds", [0])
-PAIRS = int(config.get("pairs", 4000))
+PAIRS = int(config.get("pairs", 8000))
 TRAIN = f"OMP_NUM_THREADS=1 {sys.executable} train.py"
 MOE, ONE = "configs/reward_moe.yaml", "configs/reward.yaml"
 LORA = (
@@ -17,7 +17,6 @@ MODELS = {  # name: labels, arguments
     "no_task_phase": ("pairs", f"--config {MOE} --data.init_args.epochs.task 0"),
     "no_capability_phase": ("pairs", f"--config {MOE} --data.init_args.epochs.capability 0"),
     "single_same_labels": ("all_labels", f"--config {ONE} --trainer.max_epochs 1 {LORA}"),
-    "single_same_labels_full": ("all_labels", f"--config {ONE} --trainer.max_epochs 1"),
     "single_pairs": ("pairs", f"--config {ONE}"),
 }
 

@@ -35,8 +35,14 @@ def main(folders: Sequence[str]) -> None:
     single = gains[labels[0]]
     print(f"{labels[0]}, n = {ns[-1]} less its best n: {shown([g[-1] - max(g) for g in single])}")
     for label in labels[1:]:
-        above = [ensemble[-1] - alone[-1] for ensemble, alone in zip(gains[label], single, strict=True)]
-        print(f"{label} less {labels[0]} at n = {ns[-1]}: {shown(above)}")
+        above = [
+            [e - s for e, s in zip(ensemble, alone, strict=True)]
+            for ensemble, alone in zip(gains[label], single, strict=True)
+        ]
+        print(
+            f"{label} less {labels[0]}: "
+            + "  ".join(f"n {n} {shown([seed[i] for seed in above])}" for i, n in enumerate(ns))
+        )
 
 
 if __name__ == "__main__":

@@ -8,15 +8,17 @@ if TYPE_CHECKING:
     from callbacks.hf_export import HFExport
     from callbacks.peak_checkpoint import PeakCheckpoint
     from callbacks.reward_diagnostics import RewardDiagnostics
+    from callbacks.rl_progress import RLProgress
     from callbacks.throughput import Throughput
 
-__all__ = ["GoldProbe", "HFExport", "PeakCheckpoint", "RewardDiagnostics", "Throughput"]
+__all__ = ["GoldProbe", "HFExport", "PeakCheckpoint", "RLProgress", "RewardDiagnostics", "Throughput"]
 
 _HOME = {
     "GoldProbe": "callbacks.gold_probe",
     "HFExport": "callbacks.hf_export",
     "PeakCheckpoint": "callbacks.peak_checkpoint",
     "RewardDiagnostics": "callbacks.reward_diagnostics",
+    "RLProgress": "callbacks.rl_progress",
     "Throughput": "callbacks.throughput",
 }
 

@@ -33,23 +33,37 @@ class PeakCheckpoint(ModelCheckpoint):
             every_n_train_steps=every_n_steps,
             enable_version_counter=False,  # one last.ckpt, also after a second resume
         )
+        self._counted = 0
 
     @property
     def state_key(self) -> str:
         """Name the saved state; not by the monitor, which a run without gold gives up."""
         return self._generate_state_key(every_n_train_steps=self._every_n_train_steps, save_top_k=self.save_top_k)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from where the run starts or goes on."""
+        super().on_train_start(trainer, pl_module)
+        self._counted = trainer.global_step
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Save as Lightning does; give up the monitor where nothing has logged it by the first save."""
-        if self.monitor is not None and self._due(trainer) and self.monitor not in trainer.callback_metrics:
+        """Save as Lightning does; give up the monitor where nothing has logged it by the first save.
+
+        Where the module steps its optimizer itself, several times a batch, a save is due whenever a multiple of the
+        interval was passed; Lightning would wait for an exact one.
+        """
+        due = trainer.global_step // self._every_n_train_steps > self._counted // self._every_n_train_steps
+        self._counted = trainer.global_step
+        if self.monitor is not None and due and self.monitor not in trainer.callback_metrics:
             rank_zero_info(f"No {self.monitor!r} is logged in this run: the latest checkpoint is kept, not the peak's.")
             self.monitor = None
-        super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
+        if pl_module.automatic_optimization:
+            super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
+        elif due and not self._should_skip_saving_checkpoint(trainer):
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See to it that `last.ckpt` is the last step's, also where the run ended between two saves."""
         if self.dirpath is not None and self._last_global_step_saved != trainer.global_step:
             trainer.save_checkpoint(str(Path(self.dirpath) / "last.ckpt"))
-
-    def _due(self, trainer: Trainer) -> bool:
-        return trainer.global_step > 0 and trainer.global_step % self._every_n_train_steps == 0

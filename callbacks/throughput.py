@@ -12,9 +12,10 @@ from lit_rlhf.types import Share
 class Throughput(pl.Callback):
     """Logs `perf/tokens_per_second` and `perf/samples_per_second`, response tokens and examples over all processes.
 
-    Counts come from the `Share` of each batch, so no process has to ask another and no device is waited for between
-    two logs. A window ends with every `every_n_steps`-th optimizer step; validating or probing inside it counts.
-    Batches without a share are not counted, and nothing is logged when none has one.
+    Counts come from the `Share` of each batch, or from the module's `share` where it makes its own examples, so no
+    process has to ask another and no device is waited for between two logs. A window ends with every
+    `every_n_steps`-th optimizer step; validating or probing inside it counts. Batches without a share are not counted,
+    and nothing is logged when none has one.
 
     Args:
         every_n_steps: optimizer steps a window; >= 1.
@@ -39,8 +40,8 @@ class Throughput(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:  # fmt: skip
         """Count one batch; at the end of a window, log and open the next."""
-        del pl_module, outputs, batch_idx
-        share = getattr(batch, "share", None)
+        del outputs, batch_idx
+        share = getattr(batch, "share", getattr(pl_module, "share", None))
         if isinstance(share, Share):
             self._tokens = self._tokens + share.tokens
             self._samples = self._samples + share.examples

@@ -68,7 +68,9 @@ def batches(trainer: Trainer) -> str:
     """Return the arithmetic of one optimizer step."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     size, world, accumulate = data.hparams.batch_size, trainer.world_size, trainer.accumulate_grad_batches
+    several = getattr(trainer.lightning_module, "steps_per_batch", 1)
+    what = "a step" if several == 1 else f"an update of {several} steps"
     return (
         f"batch: {size} a process x {world} processes x {accumulate} accumulated = {size * world * accumulate} "
-        f"a step, {planned_steps(trainer)} steps"
+        f"{what}, {planned_steps(trainer)} steps"
     )

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from callbacks import Throughput
+from callbacks import RLProgress, Throughput
 from lit_rlhf import __version__, commands
 from lit_rlhf.banner import LineProgress, StartBanner
 from lit_rlhf.bon import bon
@@ -51,8 +51,12 @@ class CLI(LightningCLI):
         """Leave the config alone: what a checkpoint was trained with stands in its run folder's config.yaml."""
 
     def before_instantiate_classes(self) -> None:
-        """Find the checkpoint to continue, and continue in its run folder."""
+        """Choose how progress is shown, find the checkpoint to continue, and continue in its run folder."""
         config = self.config[self.subcommand]
+        own = [callback.class_path for callback in config.trainer.get("callbacks") or [] if "class_path" in callback]
+        if not any("Progress" in path for path in own):
+            bar = RLProgress() if config.trainer.enable_progress_bar else LineProgress()
+            self.trainer_defaults["callbacks"].append(bar)
         if config.get("ckpt_path"):
             config.ckpt_path = str(find_checkpoint(config.ckpt_path, config.trainer.get("logger")))
             check_kind(Path(config.ckpt_path), config.model.class_path)
@@ -137,6 +141,7 @@ def quieten() -> None:
         ".*args parameter is intended to run from within Python.*",  # it is the front door that hands them over
         ".*dirpath has changed from.*",  # a checkpoint from elsewhere, on purpose
         ".*checkpoint directory .* exists and is not empty.*",  # a resumed run folder
+        ".*no pre-optimization state was saved.*",  # ModelCheckpoint, of every module that steps its own optimizer
     ):
         warnings.filterwarnings("ignore", message)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -166,7 +171,7 @@ def main(argv: list[str]) -> None:
             "num_sanity_val_steps": 0,
             "enable_model_summary": False,  # the banner says it
             "enable_progress_bar": sys.stdout.isatty(),
-            "callbacks": [StartBanner(), Throughput(), *([] if sys.stdout.isatty() else [LineProgress()])],
+            "callbacks": [StartBanner(), Throughput()],
         },
         parser_kwargs={"version": __version__},
         args=argv,

@@ -41,10 +41,15 @@ def pairs(path, rows):
     return path
 
 
+def length(prompts, responses, categories=None):
+    return [float(len(response)) for response in responses]
+
+
 def probed(config):
     return "callbacks.GoldProbe" in config.read_text()
 
 
+LENGTH = f"{__name__}:length"
 POLICIES = {"sft", "dpo", "ipo", "slic", "rdpo", "rpo", "dpo_stop_at_peak"}  # configs that train one, with a gold probe
 GOOD = [
     {
@@ -66,6 +71,12 @@ def test_every_config_runs_and_leaves_a_run_folder(config, tmp_path):
         assert (folder / "checkpoints" / "last.ckpt").exists()
         steps = [json.loads(line)["step"] for line in (folder / "probe.jsonl").read_text().splitlines()]
         assert steps == [0, 2]
+    if config.stem.startswith("ppo"):  # 8 optimizer steps an update
+        found = [json.loads(line) for line in (folder / "probe.jsonl").read_text().splitlines()]
+        assert [record["step"] for record in found] == [0, 8]
+        assert [record["update"] for record in found] == [0, 1]
+        assert all(record["method"] == config.stem.replace("_ensemble", "") for record in found)
+        assert (folder / "checkpoints" / "last.ckpt").exists()
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
@@ -74,6 +85,11 @@ def test_every_config_runs_on_own_data_and_model(config, tmp_path, tiny_gpt2_pat
     arguments = ["--model.init_args.model_name_or_path", tiny_gpt2_path, "--data.init_args.train", data]
     if config.stem.startswith("reward_moe"):  # the world's are Llama's
         arguments += ["--model.init_args.lora.target_modules", "all-linear"]
+    if config.stem.startswith("ppo"):  # the tiny model's window is 64 tokens
+        arguments += ["--data.init_args.max_new_tokens=8", "--model.init_args.sampling.max_new_tokens=8"]
+    if config.stem == "ppo_nelder_mead":  # it needs a gold scorer, and there are four validation prompts
+        scorer = ["lit_rlhf.models.scorers.FunctionScorer", "--data.init_args.gold.init_args.function", LENGTH]
+        arguments += ["--model.init_args.search.prompts=2", "--data.init_args.gold", *scorer]
     assert fit(config.stem, tmp_path, *arguments) == 0
     if config.stem in POLICIES:
         record = json.loads((tmp_path / config.stem / "version_0" / "probe.jsonl").read_text().splitlines()[0])

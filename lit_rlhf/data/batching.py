@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
@@ -30,12 +30,14 @@ class MicroBatch:
         examples: see `lit_rlhf.types.Share`.
         tokens: see `lit_rlhf.types.Share`.
         streams: how many streams.
+        epoch: in which they come.
     """
 
     rows: tuple[int, ...]
     examples: float
     tokens: float
     streams: int = 1
+    epoch: int = 0
 
     @property
     def share(self) -> Share:
@@ -114,7 +116,7 @@ class StepPlanner:
     def epoch(self, epoch: int) -> list[MicroBatch]:
         """Return this rank's micro-batches in order."""
         streams = [self._cut(self.order(epoch, stream)) for stream in self.streams]
-        return [_side_by_side(parts) for parts in zip(*streams, strict=True)]
+        return [replace(_side_by_side(parts), epoch=epoch) for parts in zip(*streams, strict=True)]
 
     def _cut(self, order: Sequence[int]) -> list[MicroBatch]:
         starts = range(0, len(order), self.rows_per_step)

@@ -75,7 +75,7 @@ def summarise(rows: Sequence[Row], base: Sequence[Row] | None) -> dict[str, Any]
 
     Args:
         rows: N rows with `prompt_index`, `kl_k1`, `kl_k2`, `kl_k3`, `proxy`, `proxy_members`, `implicit_reward`,
-            `gold`, `gold_by`, `length`, `ended`.
+            `proxy_by`, `gold`, `gold_by`, `length`, `ended`.
         base: rows of the step-0 probe with `prompt_index`, `proxy` and `gold`; None where they are not known.
 
     Returns:
@@ -94,8 +94,9 @@ def summarise(rows: Sequence[Row], base: Sequence[Row] | None) -> dict[str, Any]
     found["proxy_std"] = None if members is None else members.std(axis=1).mean()
     implicit = _column(rows, "implicit_reward")
     found["implicit_reward"] = None if implicit is None else implicit.mean()
-    parts = [row["gold_by"] or {} for row in rows]
-    found["gold_by"] = {name: np.mean([p[name] for p in parts]) for name in parts[0]} or None
+    for key in ("proxy_by", "gold_by"):
+        parts = [row[key] or {} for row in rows]
+        found[key] = {name: np.mean([p[name] for p in parts]) for name in parts[0]} or None
     found["win_rate"], found["win_rate_se"] = _win_rate(rows, base)
     found["length"] = np.mean([row["length"] for row in rows])
     found["eos_rate"] = np.mean([row["ended"] for row in rows])

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 CHUNK = 512  # rows of logits held at a time; more is hardly faster, fewer is slower
 HALF = (torch.bfloat16, torch.float16)
@@ -98,6 +99,46 @@ class _ChunkedTokenLogps(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight += _product(slope.to(hidden.dtype).T, hidden[rows])
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None
+
+
+def logps_and_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of each label and entropy of the distribution that it comes from.
+
+    H = -sum_v p_v log p_v
+
+    Args:
+        logits: [M, V], float32 or wider.
+        labels: [M].
+
+    Returns:
+        Two [M], nats.
+    """
+    logps = logits.log_softmax(-1)
+    return logps.gather(-1, labels[:, None])[:, 0], torch.special.entr(logps.exp()).sum(-1)
+
+
+def chunked_logps_and_entropy(hidden: Tensor, head_weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """`logps_and_entropy(hidden @ head_weight.T, labels)` without ever holding [M, V].
+
+    Logits are made 512 rows at a time, and made again in the backward pass.
+
+    Args:
+        hidden: [M, H].
+        head_weight: [V, H].
+        labels: [M].
+
+    Returns:
+        Two [M], nats.
+    """
+
+    def one(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        return logps_and_entropy(_product(states, head_weight.T), wanted)
+
+    parts = [checkpoint(one, hidden[rows], labels[rows], use_reentrant=False) for rows in _chunks(labels)]
+    if not parts:
+        return hidden.sum(-1).float(), hidden.sum(-1).float()
+    logps, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+    return logps, entropy
 
 
 def _chunks(labels: Tensor) -> list[slice]:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lit_rlhf.functional.sequence import chunked_token_logps, token_logps
+from lit_rlhf.functional.sequence import (
+    chunked_logps_and_entropy,
+    chunked_token_logps,
+    logps_and_entropy,
+    token_logps,
+)
+from lit_rlhf.models.adapters import POLICY, add_adapter, lora_layers, using, without
 from lit_rlhf.models.loading import (
     LoRA,
     ModelOptions,
@@ -90,11 +96,35 @@ class Backbone(nn.Module):
         """
         wanted = sequences.response_mask[:, 1:]
         labels = sequences.ids[:, 1:][wanted]
-        run = self._chunked if self.head_path == "chunked" else self._full
-        logps = run(sequences, wanted, labels, temperature)
-        out = logps.new_zeros(sequences.ids.shape)
-        rows, columns = wanted.nonzero(as_tuple=True)
-        return out.index_put((rows, columns + 1), logps)
+        if self.head_path == "full":
+            return placed(token_logps(self._logits(sequences) / temperature, labels), sequences)
+        return placed(self._chunked(self.states(sequences), labels, temperature), sequences)
+
+    def states(self, sequences: Sequences) -> Tensor:
+        """Return the last hidden states at the positions that predict response tokens, [M, H], row after row."""
+        hidden = run_transformer(
+            self.causal_lm.base_model, sequences.ids, sequences.attention_mask, sequences.position_ids
+        )
+        return hidden[:, :-1][sequences.response_mask[:, 1:]]
+
+    def logps_and_states(self, sequences: Sequences, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Return `forward` and `states` of one pass; of two where the model makes its own logits."""
+        if self.head_path == "full":
+            return self.forward(sequences, temperature), self.states(sequences)
+        states = self.states(sequences)
+        labels = sequences.ids[:, 1:][sequences.response_mask[:, 1:]]
+        return placed(self._chunked(states, labels, temperature), sequences), states
+
+    def logps_and_entropy(self, sequences: Sequences, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Return `forward` and the entropies of the same distributions, [N, L], nats; both have gradients."""
+        labels = sequences.ids[:, 1:][sequences.response_mask[:, 1:]]
+        if self.head_path == "full":
+            logps, entropy = logps_and_entropy(self._logits(sequences) / temperature, labels)
+        else:
+            states = self.states(sequences)
+            weight = self.causal_lm.get_output_embeddings().weight
+            logps, entropy = chunked_logps_and_entropy(_tempered(states, temperature), weight, labels)
+        return placed(logps, sequences), placed(entropy, sequences)
 
     def next_logits(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
         """Return the logits after the last column, and let `cache` take in the columns given.
@@ -120,24 +150,27 @@ class Backbone(nn.Module):
     def adapters_off(self) -> Iterator[None]:
         """Run the model without its LoRA updates: the reference of a LoRA policy.
 
-        Only the switch is turned. peft's own context also toggles `requires_grad`, which the gathered copies of FSDP2
-        parameters would not follow.
-
         Raises:
             UserError: the model has no adapters.
         """
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
         if not self.options.lora:
             raise UserError("this model has no LoRA adapters to turn off; give the reference a model of its own")
-        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
-        for layer in layers:
-            layer._disable_adapters = True  # noqa: SLF001
-        try:
+        with without(lora_layers(self.model)):
             yield
-        finally:
-            for layer in layers:
-                layer._disable_adapters = False  # noqa: SLF001
+
+    def add_adapter(self, name: str, lora: LoRA, *, trainable: bool) -> None:
+        """Put one more adapter beside the policy's, on the same weights.
+
+        Raises:
+            UserError: the policy has no adapters, so its base moves, or the name is taken.
+        """
+        if not self.options.lora:
+            raise UserError(f"adapter {name!r} needs a frozen base; expected model.lora to be set for the policy")
+        add_adapter(self.model, name, lora, trainable=trainable)
+
+    def adapter(self, name: str) -> AbstractContextManager[None]:
+        """Run the model with another of its adapters in place of the policy's."""
+        return using(self.model, name)
 
     def shard(self, mesh: Any, mp_policy: Any = None) -> None:
         """Shard the parameters over a device mesh by FSDP2: each decoder layer, then the rest with this module as root.
@@ -153,11 +186,14 @@ class Backbone(nn.Module):
         for layer in decoder_layers(model.base_model, model.config.get_text_config().num_hidden_layers):
             fully_shard(layer, **how)
         fully_shard(self, **how)
-        register_fsdp_forward_method(self, "next_logits")
+        for name in ("next_logits", "states", "logps_and_states", "logps_and_entropy"):
+            register_fsdp_forward_method(self, name)
         self.sharded = True
 
     def export(self, folder: str | Path, tokenizer: Any, *, merged: bool = False) -> None:
         """Write a folder that plain transformers (or peft, for adapters) loads; call it on all ranks, rank 0 writes.
+
+        Other adapters on the same weights stay out.
 
         Args:
             folder: where to; made if absent.
@@ -169,23 +205,23 @@ class Backbone(nn.Module):
             return
         if self.options.lora and merged:
             copy = Backbone(self.path, self.options)
-            copy.model.load_state_dict(state)
+            copy.model.load_state_dict({name: state[name] for name in copy.model.state_dict()})
             copy.model.merge_and_unload().save_pretrained(folder)
         elif self.options.lora:
-            self.model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+            own = {"selected_adapters": [POLICY], "save_embedding_layers": False}
+            self.model.save_pretrained(folder, state_dict=state, **own)
         else:
             self.model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
 
-    def _chunked(self, sequences: Sequences, wanted: Tensor, labels: Tensor, temperature: float) -> Tensor:
-        model = self.causal_lm
-        hidden = run_transformer(model.base_model, sequences.ids, sequences.attention_mask, sequences.position_ids)
-        hidden = hidden[:, :-1][wanted]
-        hidden = hidden if temperature == 1 else hidden / temperature
-        return chunked_token_logps(hidden, model.get_output_embeddings().weight, labels)
+    def _chunked(self, states: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        return chunked_token_logps(
+            _tempered(states, temperature), self.causal_lm.get_output_embeddings().weight, labels
+        )
 
-    def _full(self, sequences: Sequences, wanted: Tensor, labels: Tensor, temperature: float) -> Tensor:
-        model = self.causal_lm
+    def _logits(self, sequences: Sequences) -> Tensor:
+        """Return the model's own logits at the positions that predict response tokens, [M, V], float32."""
+        model, wanted = self.causal_lm, sequences.response_mask[:, 1:]
         extra = {"position_ids": sequences.position_ids} if accepts(model, "position_ids") else {}
         columns = wanted.any(0).nonzero()[:, 0]
         extra |= {"logits_to_keep": columns} if accepts(model, "logits_to_keep") else {}
@@ -193,7 +229,18 @@ class Backbone(nn.Module):
             input_ids=sequences.ids, attention_mask=sequences.attention_mask.long(), use_cache=False, **extra
         )
         logits = output.logits if "logits_to_keep" in extra else output.logits[:, columns]
-        return token_logps(logits[wanted[:, columns]].float() / temperature, labels)
+        return logits[wanted[:, columns]].float()
+
+
+def placed(values: Tensor, sequences: Sequences) -> Tensor:
+    """Put values of response tokens, [M] or [M, S], at the tokens' own columns: [N, L] or [N, L, S], 0 elsewhere."""
+    rows, columns = sequences.response_mask[:, 1:].nonzero(as_tuple=True)
+    out = values.new_zeros(*sequences.ids.shape, *values.shape[1:])
+    return out.index_put((rows, columns + 1), values)
+
+
+def _tempered(states: Tensor, temperature: float) -> Tensor:
+    return states if temperature == 1 else states / temperature
 
 
 def _load_causal_lm(path: str, options: ModelOptions) -> Any:

@@ -138,22 +138,51 @@ def add_lora(model: Any, lora: LoRA, task: str) -> Any:
     Raises:
         UserError: the targets match nothing, or the output head is one of them.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type=task
-    )
     try:
         with _quiet():
-            wrapped = get_peft_model(model, config)
+            wrapped = get_peft_model(model, lora_config(lora, task))
     except ValueError as error:
-        raise UserError(f"lora.target_modules={targets!r}: {_first_line(error)}") from error
+        raise UserError(f"lora.target_modules={_targets(lora)!r}: {_first_line(error)}") from error
     head = model.get_output_embeddings()
     if isinstance(head, BaseTunerLayer):
-        raise UserError(f"lora.target_modules={targets!r} matches the output head, which must stay as it is")
+        raise UserError(
+            f"lora.target_modules={lora.target_modules!r} matches the output head, which must stay as it is"
+        )
     return wrapped
+
+
+def inject_lora(transformer: Any, lora: LoRA) -> None:
+    """Put trainable adapters into a body without a head, and freeze the rest.
+
+    Raises:
+        UserError: the targets match nothing.
+    """
+    from peft import inject_adapter_in_model
+
+    pretrained = list(transformer.parameters())
+    try:
+        with _quiet():
+            inject_adapter_in_model(lora_config(lora, "FEATURE_EXTRACTION"), transformer)
+    except ValueError as error:
+        raise UserError(f"lora.target_modules={_targets(lora)!r}: {_first_line(error)}") from error
+    for parameter in pretrained:
+        parameter.requires_grad_(requires_grad=False)
+
+
+def lora_config(lora: LoRA, task: str) -> Any:
+    """Return peft's configuration of an adapter, for "CAUSAL_LM" or "SEQ_CLS"."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=_targets(lora), task_type=task
+    )
+
+
+def _targets(lora: LoRA) -> str | list[str]:
+    return lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
 
 
 def merge_adapter(model: Any, path: str) -> Any:

@@ -25,6 +25,7 @@ def planned_steps(trainer: Any) -> int:
 
     Lightning's `estimated_stepping_batches` builds the train loader to count; built before a checkpoint's position is
     restored, that loader would never learn of it, and a run resumed inside an epoch would start the epoch anew.
+    A module that takes several steps on one batch says how many by `steps_per_batch`.
 
     Raises:
         UserError: the run has no end, so no schedule can be laid over it.
@@ -39,6 +40,7 @@ def planned_steps(trainer: Any) -> int:
     micro_batches = min(micro_batches, limit) if isinstance(limit, int) else int(micro_batches * limit)
     epoch = math.ceil(micro_batches / trainer.accumulate_grad_batches)
     bounds = [trainer.max_steps] if trainer.max_steps >= 0 else []
+    epoch *= getattr(trainer.lightning_module, "steps_per_batch", 1)
     bounds += [trainer.max_epochs * epoch] if (trainer.max_epochs or -1) >= 0 else []
     if not bounds:
         raise UserError("trainer.max_epochs and trainer.max_steps are both -1; expected one of them to end the run")
@@ -79,8 +81,8 @@ class Optimizer:
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"optimizer.warmup_ratio must be in [0, 1], got {self.warmup_ratio}")
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """Return the optimizer over `parameters`."""
+    def build(self, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Return the optimizer over parameters, or over groups of them that may have a rate of their own."""
         extra: dict[str, Any] = {}
         if self.name in ("adamw", "adam"):
             extra["betas"] = self.betas

@@ -21,9 +21,9 @@ pytestmark = [
 WORDS = ("<end>", "fine", "good", "bad")
 KEYS = {
     "method", "label", "seed", "config_hash", "step", "update", "examples_seen", "epoch", "kl_k1", "kl_k1_se", "kl_k2",
-    "kl_k2_se", "kl_k3", "kl_k3_se", "proxy", "proxy_se", "proxy_members", "proxy_std", "implicit_reward",
-    "implicit_margin", "implicit_accuracy", "gold", "gold_se", "gold_by", "proxy_z", "gold_z", "constraints",
-    "win_rate", "win_rate_se", "length", "eos_rate", "n_prompts", "n_samples", "sampling", "seconds",
+    "kl_k2_se", "kl_k3", "kl_k3_se", "proxy", "proxy_se", "proxy_members", "proxy_std", "proxy_by",
+    "implicit_reward", "implicit_margin", "implicit_accuracy", "gold", "gold_se", "gold_by", "proxy_z", "gold_z",
+    "constraints", "win_rate", "win_rate_se", "length", "eos_rate", "n_prompts", "n_samples", "sampling", "seconds",
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from lit_rlhf.functional.probe_stats import clustered_mean, finite, standardised
 def row(prompt=0, **changes):
     plain = {
         "prompt_index": prompt, "kl_k1": 1.0, "kl_k2": 0.5, "kl_k3": 0.7, "proxy": 2.0, "proxy_members": [1.0, 3.0],
-        "implicit_reward": None, "gold": 1.0, "gold_by": {"warm": 2.0}, "length": 3, "ended": True,
+        "proxy_by": None, "implicit_reward": None, "gold": 1.0, "gold_by": {"warm": 2.0}, "length": 3, "ended": True,
     }  # fmt: skip
     return plain | changes
 
@@ -66,6 +66,9 @@ def test_a_summary_by_hand():
     assert found["proxy_z"] == 0
     assert found["proxy_members"] == [1, 4]
     assert found["proxy_std"] == 1.5  # population deviations 1 and 2
+    assert found["proxy_by"] is None
+    parts = [row(i, proxy_by={"a": float(i), "b": 3.0}) for i in range(2)]
+    assert summarise(parts, base)["proxy_by"] == {"a": 0.5, "b": 3.0}
     assert (found["win_rate"], found["win_rate_se"]) == (0.75, 0.25)
     assert (found["length"], found["eos_rate"]) == (4, 0.5)
     assert found["implicit_reward"] is None

@@ -36,11 +36,10 @@ def fit(module, data, *callbacks, steps=4, logger=False, ckpt_path=None, **optio
         logger=logger,
         callbacks=list(callbacks),
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        **{"limit_val_batches": 0} | options,
+        **{"limit_val_batches": 0, "enable_progress_bar": False} | options,
     )
     trainer.fit(module, data, ckpt_path=ckpt_path)
     return trainer

@@ -23,7 +23,9 @@ def snakemake(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
 
 
-@pytest.mark.parametrize(("study", "jobs"), [("quickstart", 10), ("world", 13), ("best_of_n", 4), ("dmoerm", 11)])
+@pytest.mark.parametrize(
+    ("study", "jobs"), [("quickstart", 10), ("world", 13), ("best_of_n", 4), ("dmoerm", 11), ("ppo", 5)]
+)
 def test_a_study_plans_its_stages(study, jobs, tmp_path):
     done = snakemake("--snakefile", f"studies/{study}.smk", "-n", "--config", f"out={tmp_path}", f"assets={tmp_path}/a")
     assert done.returncode == 0, done.stderr

@@ -18,6 +18,7 @@ from lit_rlhf.data.rows import digest, normalise
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional.pair_stats import Pairs, summarise
 from lit_rlhf.functional.probe_stats import finite
+from lit_rlhf.report_parts import padded
 
 COUNTED = "every pair once, `chosen` as the better response; equal scores half; votes and margins not read"
 Row = Mapping[str, Any]
@@ -60,13 +61,8 @@ def table(summary: Row) -> str:
     if summary["macro"] is not None:
         lines.append(_cells("mean over categories", {"accuracy": summary["macro"]}))
     lines.append(_cells("all pairs", summary))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    shown = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    ]
     note = f"ECE {summary['ece']:.3f}; {summary['ties']} of {summary['accuracy']['n']} pairs are ties, which count half"
-    return "\n".join([shown[0], "-" * len(shown[0]), *shown[1:], note])
+    return f"{padded(lines)}\n{note}"
 
 
 def write(path: str | Path, summary: Row) -> Path:
@@ -80,7 +76,7 @@ def write(path: str | Path, summary: Row) -> Path:
 def _cells(name: str, entry: Row) -> tuple[str, ...]:
     right, rule, squared = entry["accuracy"], entry.get("length_accuracy"), entry.get("brier")
     return (
-        "".join(letter if letter.isprintable() else " " for letter in name),
+        name,
         str(right["n"]),
         str(right["clusters"]),
         f"{right['value']:.3f}",

@@ -52,8 +52,9 @@ def category_figure(record: Mapping[str, Any]) -> Figure:
         shares = [entry["accuracy"] for _, entry in found]
         axes.barh(places, [s["value"] for s in shares], color=SERIES[0], alpha=0.35, height=0.7)
         middle = [s["value"] for s in shares]
-        errors = [[s["value"] - s["low"] for s in shares], [s["high"] - s["value"] for s in shares]]
-        axes.errorbar(middle, places, xerr=errors, color=SERIES[0], linestyle="none", linewidth=1.3, label="model")
+        axes.errorbar(
+            middle, places, xerr=_errors(shares), color=SERIES[0], linestyle="none", linewidth=1.3, label="model"
+        )
         rule = [entry["length_accuracy"]["value"] for _, entry in found]
         axes.plot(rule, places, color=SERIES[1], marker=MARKERS[1], linestyle="none", label="longer is better")
         axes.axvline(0.5, color=INK, linestyle=":", linewidth=1)
@@ -73,5 +74,9 @@ def _axes(x: str, y: str, height: float = 2.6) -> tuple[Figure, Axes]:
 
 def _points(axes: Axes, x: list[float], shares: list[Mapping[str, Any]], series: int) -> None:
     y = [share["value"] for share in shares]
-    errors = [[s["value"] - s["low"] for s in shares], [s["high"] - s["value"] for s in shares]]
-    axes.errorbar(x, y, yerr=errors, color=SERIES[series], marker=MARKERS[series], linewidth=1.2)
+    axes.errorbar(x, y, yerr=_errors(shares), color=SERIES[series], marker=MARKERS[series], linewidth=1.2)
+
+
+def _errors(shares: list[Mapping[str, Any]]) -> list[list[float]]:
+    """How far each interval reaches below and above its share."""
+    return [[s["value"] - s["low"] for s in shares], [s["high"] - s["value"] for s in shares]]

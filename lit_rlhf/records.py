@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lit_rlhf.errors import UserError
 
@@ -24,6 +25,7 @@ REWARD = "reward.jsonl"
 _ODD = "backslashreplace"  # half a surrogate pair has no UTF-8, but its escape is good JSON
 _PLACES = {"seed", "model_name_or_path", "tokenizer", "train", "validation", "test", "path"}
 _ROW_KEY = ("step", "n", "prompt_index", "sample_index")
+_BLOCK = 1 << 16
 
 
 def read(path: str | Path) -> list[Record]:
@@ -32,19 +34,55 @@ def read(path: str | Path) -> list[Record]:
     Raises:
         UserError: the file is missing, or a line before the last is no JSON object.
     """
+    return list(stream(path))
+
+
+def stream(path: str | Path) -> Iterator[Record]:
+    """Read JSON lines one by one, as `read` does, for files that are larger than memory.
+
+    Raises:
+        UserError: as `read`, the moment that such a line is reached.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    last = max((number for number, line in enumerate(lines, 1) if line.strip()), default=0)
+    odd: tuple[int, str] | None = None
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            if odd is not None:
+                raise UserError(f"{path}, line {odd[0]}: expected a JSON object, got {odd[1][:80]!r}")
+            record = _parse(line)
+            if record is None:
+                odd = number, line.rstrip("\n")  # forgiven if it is the last
+            else:
+                yield record
+
+
+def natural(path: str | Path) -> tuple[tuple[str | int, ...], ...]:
+    """Return a key that sorts paths as people count: `version_9` before `version_10`."""
+    pieces = (re.split(r"(\d+)", part) for part in Path(path).parts)
+    return tuple(tuple(int(p) if i % 2 else p for i, p in enumerate(piece)) for piece in pieces)
+
+
+def files(folders: Sequence[str | Path], name: str) -> list[Path]:
+    """Find the files called `name` in folders or, where a folder lacks it, under it, each once.
+
+    Folders come in the order given, and what differs by a last number alone by that number, since a shell's
+    `version_*` puts 10 before 9.
+    """
     found = []
-    for number, line in enumerate(lines, 1):
-        record = _parse(line)
-        if record is not None:
-            found.append(record)
-        elif line.strip() and number != last:
-            raise UserError(f"{path}, line {number}: expected a JSON object, got {line[:80]!r}")
-    return found
+    for folder in map(Path, folders):
+        here = folder / name
+        found += [here] if here.is_file() else sorted(folder.rglob(name), key=natural)
+    families: dict[Path, int] = {}
+    places = {file: families.setdefault(_family(file), len(families)) for file in found}
+    return sorted(places, key=lambda file: (places[file], natural(file)))
+
+
+def _family(file: Path) -> Path:
+    return file.parent.parent / file.parent.name.rstrip("0123456789")
 
 
 def read_probe(folder: str | Path) -> list[Record]:
@@ -142,14 +180,31 @@ def _parse(line: str) -> Record | None:
 
 def _mend(path: Path) -> None:
     """End the file with a newline: after its last line if that is whole, else in place of it."""
-    if not path.is_file() or path.stat().st_size == 0:
+    if not path.is_file():
         return
-    content = path.read_bytes()
-    if content.endswith(b"\n"):
-        return
-    whole, _, tail = content.rpartition(b"\n")
-    kept = content + b"\n" if _parse(tail.decode(errors="replace")) else whole + b"\n" if whole else b""
-    _swap(path, kept)
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        end = _last_newline(file, size)
+        if end == size:
+            return
+        file.seek(end)
+        if _parse(file.read().decode(errors="replace")) is None:
+            file.truncate(end)
+        else:
+            file.write(b"\n")
+
+
+def _last_newline(file: IO[bytes], size: int) -> int:
+    """Return where the last line that ends in a newline ends; read from behind, since files may be large."""
+    end = size
+    while end > 0:
+        start = max(0, end - _BLOCK)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 def _replace(path: Path, records: list[Record]) -> None:

@@ -15,6 +15,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.functional.curves import RESAMPLES, Curve, Estimate, Law, Outcome, curve_of, law_of, outcome, place
 from lit_rlhf.functional.overoptimization import Interval
 from lit_rlhf.records import Record
+from lit_rlhf.report_parts import environment, padded
 
 SAMPLES_SHOWN = 6
 CURVES_SHOWN = 24
@@ -129,7 +130,9 @@ def load(folders: Sequence[str | Path]) -> list[Method]:
         UserError: a folder does not exist, or neither it nor one under it holds a probe record.
     """
     groups: dict[tuple[str, str], list[Run]] = {}
-    for folder in dict.fromkeys(found for given in folders for found in _run_folders(Path(given))):
+    for folder in folders:
+        _holds_records(Path(folder))
+    for folder in (file.parent for file in records.files(folders, records.PROBE)):
         run = Run(folder, records.read_probe(folder))
         if not run.records:
             raise UserError(f"{folder / records.PROBE}: expected at least one probe record, found none")
@@ -146,19 +149,12 @@ def load(folders: Sequence[str | Path]) -> list[Method]:
 
 def html(methods: Sequence[Method], title: str, rewards: Sequence[report_reward.RewardRuns] = ()) -> str:
     """Render the report; everything that a model or a user wrote is escaped by the template."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
     from lit_rlhf import plots
 
-    environment = Environment(
-        loader=PackageLoader("lit_rlhf"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals |= {"estimate": _estimate, "drop": _drop, "within": _within, "series": len(plots.SERIES)}
+    templates = environment()
+    templates.globals |= {"estimate": _estimate, "drop": _drop, "within": _within, "series": len(plots.SERIES)}
     curves = [method.curve for method in methods]
     drawn = [c for c in curves if c.gold is not None or c.proxy is not None]
     # best-of-n's KL is a bound, and other methods spend KL in another way: each kind has axes of its own
@@ -170,7 +166,7 @@ def html(methods: Sequence[Method], title: str, rewards: Sequence[report_reward.
     ]
     each = {c.label: plots.svg(plots.gold_figure([c], size=(4.4, 3.4)), f"method {i}") for i, c in enumerate(drawn)}
     tags = _training_curves(methods)
-    return environment.get_template(
+    return templates.get_template(
         "report.html.j2"
     ).render(
         title=title,
@@ -193,16 +189,14 @@ def html(methods: Sequence[Method], title: str, rewards: Sequence[report_reward.
     )
 
 
-def _run_folders(folder: Path) -> list[Path]:
+def _holds_records(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    found = [folder] if (folder / records.PROBE).is_file() else sorted(p.parent for p in folder.rglob(records.PROBE))
-    if not found and not any(folder.rglob(records.REWARD)):
+    if not any(any(folder.rglob(name)) for name in (records.PROBE, records.REWARD)):
         raise UserError(
             f"{folder}: expected a run folder with {records.PROBE}, which GoldProbe writes, or {records.REWARD}, which"
             " RewardDiagnostics writes, or folders of such"
         )
-    return found
 
 
 def _summary(outcomes: Sequence[Outcome]) -> str:
@@ -241,23 +235,14 @@ def _within(value: float | None, interval: Interval | None, style: str = ".2f") 
 def _text(outcomes: Sequence[Outcome]) -> str:
     heads = ("method", "seeds", "peak gold", "final gold", "drop", "KL at peak", "final KL", "win rate")
     lines = [heads, *map(_cells, outcomes)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    ]
     note = "gold: standard deviations of the step-0 samples above step 0; KL: nats per response; ±: 95 % over seeds"
-    return "\n".join([rows[0], "-" * len(rows[0]), *rows[1:], note])
+    return f"{padded(lines)}\n{note}"
 
 
 def _cells(o: Outcome) -> tuple[str, ...]:
     others = (_estimate(value) for value in (o.peak_kl, o.final_kl, o.win_rate))
     golds = (_estimate(o.peak_gold), _estimate(o.final_gold), _drop(o))
-    return (_printable(o.label), str(o.seeds), *golds, *others)
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else " " for letter in text)
+    return (o.label, str(o.seeds), *golds, *others)
 
 
 def _before_and_after(run: Run) -> list[tuple[str, Record, Record]]:

@@ -10,6 +10,7 @@ from typing import Any
 from lit_rlhf import records
 from lit_rlhf.functional.curves import interval
 from lit_rlhf.records import Record
+from lit_rlhf.report_parts import environment, padded
 
 DRAWN = 8
 
@@ -27,6 +28,12 @@ class RewardRuns:
     label: str
     split: str
     records: list[Record]
+
+    @property
+    def seed(self) -> str:
+        """Which of the seeds it is that figures show, for a caption; empty where it is not known."""
+        seed = self.records[0].get("seed")
+        return "" if seed is None else f", seed {seed}"
 
     def share(self, *path: str) -> str:
         """Show a share: with its interval over prompts for one seed, with that over seeds for several."""
@@ -53,7 +60,7 @@ class RewardRuns:
 def load(folders: Sequence[str | Path]) -> list[RewardRuns]:
     """Read the records in folders and under them: the last of each run and split; of runs with one seed the last."""
     groups: dict[tuple[str, str, str], dict[Any, Record]] = {}
-    for file in dict.fromkeys(file for folder in folders for file in sorted(Path(folder).rglob(records.REWARD))):
+    for file in records.files(folders, records.REWARD):
         last = {record["split"]: record for record in sorted(records.read(file), key=lambda r: int(r["step"]))}
         for split, record in last.items():
             key = (str(record["label"]), str(record.get("config_hash")), split)
@@ -68,20 +75,12 @@ def load(folders: Sequence[str | Path]) -> list[RewardRuns]:
 
 def section(models: Sequence[RewardRuns]) -> str:
     """Render the section as HTML, everything that users and data wrote escaped; empty without models."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
     from lit_rlhf import plots, plots_reward
 
     if not models:
         return ""
-    environment = Environment(
-        loader=PackageLoader("lit_rlhf"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     drawn = []
     for number, model in enumerate(models[:DRAWN]):
         record = model.records[0]
@@ -91,16 +90,20 @@ def section(models: Sequence[RewardRuns]) -> str:
         ]
         if record["categories"]:
             figures.append(("Accuracy by category", plots_reward.category_figure(record)))
-        name = f"{model.label}, {model.split}"
+        name = f"{model.label}, {model.split}{model.seed}"
         svgs = [(title, Markup(plots.svg(figure, f"{title} of reward model {number}"))) for title, figure in figures]  # noqa: S704 - drawn here; matplotlib escapes labels
         drawn.append((name, svgs))
-    return environment.get_template("reward.html.j2").render(
-        models=models,
-        drawn=drawn,
-        left_out=[model.label for model in models[DRAWN:]],
-        categories=sorted({name for model in models for name in model.records[0]["categories"]}),
-        experts=[(model, model.records[0]["experts"]) for model in models if model.records[0]["experts"]],
-        shifted=any(model.records[0]["policy"] for model in models),
+    return (
+        environment()
+        .get_template("reward.html.j2")
+        .render(
+            models=models,
+            drawn=drawn,
+            left_out=[model.label for model in models[DRAWN:]],
+            categories=sorted({name for model in models for name in model.records[0]["categories"]}),
+            experts=[(model, model.records[0]["experts"]) for model in models if model.records[0]["experts"]],
+            shifted=any(model.records[0]["policy"] for model in models),
+        )
     )
 
 
@@ -108,12 +111,9 @@ def table_text(models: Sequence[RewardRuns]) -> str:
     """Return the table of reward models as plain text."""
     lines = [("reward model", "split", "seeds", "accuracy", "longer is better", "ECE", "Brier")]
     for model in models:
-        label = "".join(letter if letter.isprintable() else " " for letter in model.label)
         shares = (model.share("accuracy"), model.share("length_accuracy"), model.number("ece"), model.number("brier"))
-        lines.append((label, model.split, str(len(model.records)), *shares))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([rows[0], "-" * len(rows[0]), *rows[1:]])
+        lines.append((model.label, model.split, str(len(model.records)), *shares))
+    return padded(lines, left=len(lines[0]))
 
 
 def _at(record: Mapping[str, Any], path: Sequence[str]) -> Any:

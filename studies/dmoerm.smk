@@ -37,7 +37,7 @@ rule test_pairs:
     output:
         f"{OUT}/test.jsonl",
     shell:
-        "{TRAIN} label {output} --noise 0 --n 2000 --split test > /dev/null"
+        "{TRAIN} label {output} --noise 0 --n 2000 --split test --seed 1000 > /dev/null"
 
 
 rule all_labels:

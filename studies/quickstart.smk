@@ -1,5 +1,5 @@
 # The quickstart: noisy gold-labelled pairs, a proxy reward model, direct alignment three ways, best-of-n under reward
-# models that saw only 1,000 of the pairs, one report.
+# models that saw only 1,000 of the pairs, PPO on one reward model, on five and held at thresholds, one report.
 # Every stage is a plain train.py command; finished stages are not rerun; `--executor slurm` takes the same file to a cluster.
 import json
 import sys
@@ -18,6 +18,12 @@ FEW = {
     "reward_ensemble": "configs/reward_ensemble.yaml --model.init_args.mode full --model.init_args.lora null"
     " --model.optimizer.lr 3e-3 --trainer.max_epochs 5",
     "reward_moe": "configs/reward_moe.yaml",
+}
+
+PPO = {
+    "ppo": "configs/ppo.yaml --model.init_args.rewards.proxy.init_args.path {proxy}",
+    "ppo_ensemble": "configs/ppo_ensemble.yaml",
+    "ppo_xi": "configs/ppo_xi.yaml",
 }
 
 
@@ -66,6 +72,23 @@ rule align:
         " --model.init_args.proxy lit_rlhf.models.scorers.HFRewardModel --model.init_args.proxy.init_args.path {params.proxy}"
         " --trainer.logger.init_args.save_dir {OUT} --trainer.logger.init_args.name {wildcards.loss}"
         " --trainer.logger.init_args.version 0 > {log} 2>&1 && touch {OUT}/logs/{wildcards.loss}.done"
+
+
+rule ppo:
+    input:
+        rules.reward.output,
+    output:
+        f"{OUT}/{{ppo}}/version_0/hf/config.json",
+    wildcard_constraints:
+        ppo="|".join(PPO),
+    log:
+        f"{OUT}/logs/{{ppo}}.log",
+    params:
+        config=lambda w, input: PPO[w.ppo].format(proxy=str(input).removesuffix("/config.json")),
+    shell:
+        "OMP_NUM_THREADS=1 {TRAIN} fit --config {params.config} --config configs/hardware/cpu.yaml --seed_everything {SEED}"
+        " --trainer.max_steps 480 --trainer.logger.init_args.save_dir {OUT} --trainer.logger.init_args.name {wildcards.ppo}"
+        " --trainer.logger.init_args.version 0 > {log} 2>&1 && touch {OUT}/logs/{wildcards.ppo}.done"
 
 
 rule few:
@@ -131,12 +154,12 @@ rule bon:
 
 rule report:
     input:
-        [RUN(name) for name in LOSSES],
+        [RUN(name) for name in [*LOSSES, *PPO]],
         rules.bon.output,
     output:
         f"{OUT}/report.html",
     params:
-        runs=" ".join(f"{OUT}/{name}/version_0" for name in [*LOSSES, "bon"]),
+        runs=" ".join(f"{OUT}/{name}/version_0" for name in [*LOSSES, *PPO, "bon"]),
     log:
         f"{OUT}/logs/report.log",
     shell:

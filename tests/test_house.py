@@ -28,8 +28,9 @@ ROOMS = {
     "callbacks": {"errors", "types", "functional", "models", "records", "specs", "plots", "plots_reward"},
     "plots": {"errors", "functional", "records"},
     "plots_reward": {"plots"},
-    "report": {"errors", "functional", "records", "plots", "report_reward"},
-    "report_reward": {"errors", "functional", "records", "plots", "plots_reward"},
+    "report": {"errors", "functional", "records", "plots", "report_parts", "report_reward"},
+    "report_parts": set(),
+    "report_reward": {"errors", "functional", "records", "plots", "plots_reward", "report_parts"},
     "judge": {"errors", "types", "records"},
 }
 BANNED = {
@@ -37,6 +38,7 @@ BANNED = {
     "models": {"lightning"},
     "types": {"lightning", "transformers", "numpy"},
     "report": {"torch", "lightning", "transformers"},
+    "report_parts": {"torch", "lightning", "transformers"},
     "report_reward": {"torch", "lightning", "transformers"},
     "plots": {"torch", "lightning", "transformers"},
     "plots_reward": {"torch", "lightning", "transformers"},

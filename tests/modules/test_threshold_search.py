@@ -104,7 +104,7 @@ def test_a_point_that_cannot_be_reached_is_given_up_at_its_cap():
 
 @pytest.mark.parametrize("after", [0, 3, 17, 60])
 def test_a_search_taken_up_again_goes_on_as_it_would_have(after):
-    straight, stopped = (World(ThresholdSearch(3000, prompts=20)) for _ in range(2))
+    straight, stopped = (World(ThresholdSearch(3000, cap=50, prompts=20), speed=0.1) for _ in range(2))
     for _ in range(after):
         stopped.update()
     state = json.loads(json.dumps(stopped.search.state()))

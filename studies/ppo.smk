@@ -1,17 +1,33 @@
 # PPO without a KL penalty against one reward model and against the worst case of five, with a small penalty, and held at
-# thresholds; every seed has another of the shipped reward models as its single one.
+# thresholds; every seed has another of the shipped reward models as its single one. `grid` holds nine pairs of thresholds
+# beside the search for them.
 # python -m snakemake --snakefile studies/ppo.smk --cores 2 --config seeds="[81, 82, 83, 84, 85]" out=runs/ppo_study
+# python -m studies.ppo runs/ppo_study
 import sys
 
 OUT = config.get("out", "runs/ppo_study")
 SEEDS = config.get("seeds", [0])
+GRID_SEEDS = config.get("grid_seeds", SEEDS)
 TRAIN = f"OMP_NUM_THREADS=1 {sys.executable} train.py"
 RUNS = {
     "single": "configs/ppo.yaml --model.init_args.rewards.proxy.init_args.path builtin:proxy-{proxy}",
     "wco": "configs/ppo_ensemble.yaml",
     "wco_kl": "configs/ppo_ensemble.yaml --model.init_args.kl.init_args.coefficient 0.1",
-    "xi": "configs/ppo_xi.yaml",
+    "mu": "configs/ppo_mu.yaml",
+    "all": "configs/ppo_all.yaml",
+    "sat": "configs/ppo_sat.yaml",
+    "xi_long": "configs/ppo_xi.yaml --trainer.max_steps 1920",  # three times the config's
+    "nelder_mead": "configs/ppo_nelder_mead.yaml",
 }
+THRESHOLDS = ("0.4", "0.8", "1.2")
+POINTS = [f"grid_{first}_{second}" for first in THRESHOLDS for second in THRESHOLDS]
+
+
+def arguments(run, seed):
+    """Return the config of a run, and what differs from it."""
+    if run not in POINTS:
+        return RUNS[run].format(proxy=int(seed) % 5)
+    return f"configs/ppo_xi.yaml --config {OUT}/{run}.yaml --trainer.max_steps 400"
 
 
 rule all:
@@ -19,16 +35,35 @@ rule all:
         [f"{OUT}/{run}/seed{seed}.done" for run in RUNS for seed in SEEDS],
 
 
+rule grid:
+    input:
+        [f"{OUT}/{point}/seed{seed}.done" for point in POINTS for seed in GRID_SEEDS],
+
+
+rule thresholds:
+    output:
+        f"{OUT}/grid_{{first}}_{{second}}.yaml",
+    run:
+        kind = "lit_rlhf.functional.constrained.Equal"
+        with open(output[0], "w") as file:
+            file.write("model:\n  init_args:\n    constraints:\n")
+            for name, value in wildcards.items():
+                entry = f"{{name: {name}, threshold: {value}}}"
+                file.write(f"      - {{class_path: {kind}, init_args: {entry}}}\n")
+
+
 rule train:
+    input:
+        lambda w: f"{OUT}/{w.run}.yaml" if w.run in POINTS else [],
     output:
         touch(f"{OUT}/{{run}}/seed{{seed}}.done"),
     wildcard_constraints:
-        run="|".join(RUNS),
+        run="|".join([*RUNS, *POINTS]),
     log:
         f"{OUT}/{{run}}/seed{{seed}}.log",
     params:
-        config=lambda w: RUNS[w.run].format(proxy=int(w.seed) % 5),
+        arguments=lambda w: arguments(w.run, w.seed),
     shell:
-        "{TRAIN} fit --config {params.config} --config configs/hardware/cpu.yaml --seed_everything {wildcards.seed}"
+        "{TRAIN} fit --config {params.arguments} --config configs/hardware/cpu.yaml --seed_everything {wildcards.seed}"
         " --trainer.logger.init_args.save_dir {OUT}/{wildcards.run} --trainer.logger.init_args.name seed{wildcards.seed}"
         " --trainer.logger.init_args.version 0 > {log} 2>&1"

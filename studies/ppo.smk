@@ -32,12 +32,12 @@ def arguments(run, seed):
 
 rule all:
     input:
-        [f"{OUT}/{run}/seed{seed}.done" for run in RUNS for seed in SEEDS],
+        [f"{OUT}/seed{seed}/{run}.done" for run in RUNS for seed in SEEDS],
 
 
 rule grid:
     input:
-        [f"{OUT}/{point}/seed{seed}.done" for point in POINTS for seed in GRID_SEEDS],
+        [f"{OUT}/seed{seed}/{point}.done" for point in POINTS for seed in GRID_SEEDS],
 
 
 rule thresholds:
@@ -56,14 +56,14 @@ rule train:
     input:
         lambda w: f"{OUT}/{w.run}.yaml" if w.run in POINTS else [],
     output:
-        touch(f"{OUT}/{{run}}/seed{{seed}}.done"),
+        touch(f"{OUT}/seed{{seed}}/{{run}}.done"),
     wildcard_constraints:
         run="|".join([*RUNS, *POINTS]),
     log:
-        f"{OUT}/{{run}}/seed{{seed}}.log",
+        f"{OUT}/seed{{seed}}/{{run}}.log",
     params:
         arguments=lambda w: arguments(w.run, w.seed),
     shell:
         "{TRAIN} fit --config {params.arguments} --config configs/hardware/cpu.yaml --seed_everything {wildcards.seed}"
-        " --trainer.logger.init_args.save_dir {OUT}/{wildcards.run} --trainer.logger.init_args.name seed{wildcards.seed}"
+        " --trainer.logger.init_args.save_dir {OUT}/seed{wildcards.seed} --trainer.logger.init_args.name {wildcards.run}"
         " --trainer.logger.init_args.version 0 > {log} 2>&1"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,28 +13,25 @@ from torch import Tensor
 from lit_rlhf.functional.constrained import AtLeast, AtMost, Constraint, Equal
 from lit_rlhf.functional.control import FixedKL, KLController
 from lit_rlhf.functional.policy_gradient import gae, kl_estimates
-from lit_rlhf.functional.sequence import masked_mean, masked_moments, row_generator, standardise
-from lit_rlhf.functional.shaping import kl_rewards, penalise_unended, terminal_rewards
+from lit_rlhf.functional.sequence import masked_mean, standardise
 from lit_rlhf.models.critic import CRITIC, Critic
-from lit_rlhf.models.scorers import HFRewardModel
-from lit_rlhf.modules.experience import Experience, joined, trimmed
+from lit_rlhf.modules.experience import Experience, trimmed
 from lit_rlhf.modules.minibatches import RowTable, passes
 from lit_rlhf.modules.multipliers import Dual, Kept, Multipliers
 from lit_rlhf.modules.objective import NegativeKL, Objective, Satisficing, WeightedReward
+from lit_rlhf.modules.on_policy import KL, OnPolicyModule
 from lit_rlhf.modules.optimizer import planned_steps
-from lit_rlhf.modules.policy import PolicyModule
 from lit_rlhf.modules.ppo_options import CriticOptions, PPOOptions
+from lit_rlhf.modules.ppo_streams import reward_streams, standardised_streams
 from lit_rlhf.modules.ppo_update import Totals, clip_gradients, micro_losses
-from lit_rlhf.modules.reduce import gathered, means, rank, summed, world_size
-from lit_rlhf.modules.scale import RewardScale
+from lit_rlhf.modules.reduce import gathered, means, moments, summed, world_size
 from lit_rlhf.specs import build, build_optional
-from lit_rlhf.types import Prompt, Rollout, Sampling, Scorer, Scores, SequenceBatch, Sequences, Share, UserError
+from lit_rlhf.types import Rollout, Sampling, Scorer, Scores, SequenceBatch, Sequences, Share, UserError
 
-KL = "kl"  # the stream of log-ratios, which a constraint may name like a reward
 SUSPICIOUS = 5  # updates in a row with a negative mean KL, after which it is no chance
 
 
-class PPOModule(PolicyModule):
+class PPOModule(OnPolicyModule):
     """Trains a policy by PPO on its own samples, each training step one update in named phases.
 
     rollout -> score -> advantages -> update_policy -> update_multipliers
@@ -83,21 +78,20 @@ class PPOModule(PolicyModule):
         seed: int | None = None,
         **base: Any,
     ) -> None:
-        super().__init__(**base)
+        options = build_optional(ppo, PPOOptions) or PPOOptions()
+        super().__init__(
+            rewards, objective, sampling=sampling, units=units, seed=seed, scale_samples=options.scale_samples,
+            rollout_batch_size=options.rollout_batch_size, **base,
+        )  # fmt: skip
         self.automatic_optimization = False
-        self.rewards = {name: build(scorer, Scorer) for name, scorer in (rewards or {}).items()}
-        self.objective = build_optional(objective, Objective) or WeightedReward()
         kept = [build(constraint, Constraint) for constraint in constraints or []]
         self.dual = build_optional(dual, Dual) or Dual()
-        self.ppo = build_optional(ppo, PPOOptions) or PPOOptions()
+        self.ppo = options
         self.kl = build_optional(kl, KLController) or FixedKL(0.0)
         self.critic_options = build_optional(critic, CriticOptions) or CriticOptions()
-        self.sampling = build_optional(sampling, Sampling) or Sampling()
-        self.clip_scores, self.seed = clip_scores, seed
-        self.reward_names = list(self.rewards) or ["proxy"]
+        self.clip_scores = clip_scores
         self._check(kept)
         self.multipliers = Multipliers(kept, self.dual)
-        self.scale = RewardScale(self.reward_names, units)
         self.progress = Progress(self.kl.coefficient)
         self.critic: Critic | None = None
         self.share: Share | None = None
@@ -111,9 +105,6 @@ class PPOModule(PolicyModule):
 
     def _check(self, constraints: Sequence[Constraint]) -> None:
         names = self.reward_names
-        if KL in names or any("." in name or not name for name in names):
-            raise UserError(f"rewards need names without dots, and not {KL!r}, got {names}")
-        self.objective.check(names)
         for constraint in constraints:
             if constraint.name not in (*names, KL):
                 raise UserError(f"a constraint names {constraint.name!r}; expected one of {', '.join((*names, KL))}")
@@ -125,12 +116,9 @@ class PPOModule(PolicyModule):
     # models, optimizer, start
 
     def build_models(self) -> None:
-        """Load policy, reference and critic, and give scorers that share the policy's base their adapters."""
+        """Load policy, reference and critic."""
         super().build_models()
         assert self.policy is not None
-        for scorer in _all_scorers([*self.rewards.values(), self.proxy_scorer]):
-            if hasattr(scorer, "attach"):
-                scorer.attach(self.policy)
         wanted = self.critic_options
         lora = wanted.lora or (self.options.lora if wanted.form == "lora" else None)
         self.critic = Critic(
@@ -144,6 +132,10 @@ class PPOModule(PolicyModule):
     def backbones(self) -> list[Any]:
         """Return the loaded models."""
         return [*super().backbones(), *([] if self.critic is None else [self.critic])]
+
+    @property
+    def _mixes_standardised(self) -> bool:
+        return self.ppo.standardise and self.dual.form == "mixed"
 
     @property
     def steps_per_batch(self) -> int:
@@ -176,44 +168,18 @@ class PPOModule(PolicyModule):
         return [{"params": own}, {"params": others} | rate]
 
     def setup(self, stage: str) -> None:
-        """Take the data's encoder and reward model, and look whether a rollout can be cut as asked for.
+        """Look whether a rollout can be cut as asked for.
 
         Raises:
-            UserError: there is no reward model, or a rollout has fewer rows than minibatches.
+            UserError: a rollout has fewer rows than minibatches.
         """
         super().setup(stage)
-        self.default_reward()
         rows = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
         if stage == "fit" and rows is not None and rows * self.trainer.world_size < self.ppo.minibatches:
             raise UserError(
                 f"data.batch_size {rows} on {self.trainer.world_size} processes gives fewer rows an update than"
                 f" ppo.minibatches, {self.ppo.minibatches}"
             )
-
-    def default_reward(self) -> None:
-        """Take the data's own reward model where the config names none.
-
-        Raises:
-            UserError: the data have none either.
-        """
-        if not self.rewards:
-            path = self._data_proxy()
-            if path is None:
-                raise UserError("model.rewards names no reward model, and the data bring none; expected name: scorer")
-            self.rewards = {"proxy": HFRewardModel(path)}
-
-    def on_fit_start(self) -> None:
-        """Measure what the rewards are worth on the reference policy's samples, unless a checkpoint knows it."""
-        if not self.scale.measured:
-            examples = self.trainer.datamodule.examples("train").items[: self.ppo.scale_samples]  # type: ignore[attr-defined]
-            self.measure_scale([e.row.prompt for e in examples], [e.row.category for e in examples])
-
-    def measure_scale(self, prompts: Sequence[Prompt], categories: Sequence[str | None] | None = None) -> None:
-        """Sample the policy as it is, the same prompts on all processes, and keep mean and spread of every reward."""
-        own = range(rank(), len(prompts), world_size())
-        kinds = None if categories is None else [categories[i] for i in own]
-        rollout = self._sampled([prompts[i] for i in own], list(own), kinds, (0, 1))
-        self.scale.measure({name: scores.total for name, scores in self.score(rollout).items()})
 
     # one update
 
@@ -233,34 +199,9 @@ class PPOModule(PolicyModule):
         self.log("loss", metrics.pop("loss"), prog_bar=True, batch_size=1)
         self.log_dict(metrics | {"step": float(self.trainer.global_step)}, batch_size=1)
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Tell callbacks that have `on_phase(trainer, module, name)` what begins: sampling, scoring or optimising."""
-        for callback in [] if self._trainer is None else self.trainer.callbacks:  # type: ignore[attr-defined]
-            if hasattr(callback, "on_phase"):
-                callback.on_phase(self.trainer, self, name)
-        yield
-
     def rollout(self, batch: Any) -> Rollout:
         """Draw one response to every prompt of a `PromptBatch`, each row from a generator of its own."""
-        return self._sampled(list(batch.prompts), batch.index.tolist(), list(batch.categories), (self.updates, 0))
-
-    def score(self, rollout: Rollout) -> dict[str, Scores]:
-        """Score the responses by every reward model, name to [B]; all processes score equally many rows."""
-        count = len(rollout.prompts)
-        rows = [*range(count), *([0] * (self._most(count) - count))]
-        prompts, texts = [rollout.prompts[i] for i in rows], [rollout.responses[i] for i in rows]
-        categories = None if rollout.categories is None else [rollout.categories[i] for i in rows]
-        self.default_reward()
-        found = {}
-        for name, scorer in self.rewards.items():
-            scores = scorer.score(prompts, texts, categories)
-            members = None if scores.members is None else scores.members[:count].to(self.device)
-            found[name] = Scores(scores.total[:count].to(self.device).float(), members)
-            if not found[name].total.isfinite().all():
-                row = int((~found[name].total.isfinite()).nonzero()[0])
-                raise UserError(f"reward {name!r} scored {rollout.responses[row]!r} {float(found[name].total[row])}")
-        return found
+        return self.sampled(list(batch.prompts), batch.index.tolist(), list(batch.categories), (self.updates, 0))
 
     @torch.no_grad()
     def advantages(
@@ -280,7 +221,7 @@ class PPOModule(PolicyModule):
         reference, values = self._judged(rollout)
         units = {name: self.scale.to_units(name, found.total) for name, found in scores.items()}
         clipped = {name: x if self.clip_scores is None else _clip(x, self.clip_scores) for name, x in units.items()}
-        rewards = self._streams(clipped, rollout, reference)
+        rewards = reward_streams(self, clipped, rollout, reference)
         raw, targets = gae(rewards, values, mask, self.ppo.gamma, self.ppo.gae_lambda)
         kl = kl_estimates(logps, reference, mask)
         episode = [kl["k1"] if name == KL else units[name] for name in self.multipliers.constraints]
@@ -289,7 +230,7 @@ class PPOModule(PolicyModule):
             sequences=rollout.sequences,
             behaviour_logps=logps,
             values=values,
-            advantages=self._standardised(raw, rewards, mask),
+            advantages=standardised_streams(self.ppo, raw, rewards, mask) if self._mixes_standardised else raw,
             targets=targets,
             constraint_values=torch.stack([x.float() for x in episode], -1) if episode else kl["k1"][:, None][:, :0],
         )
@@ -385,11 +326,6 @@ class PPOModule(PolicyModule):
 
     # parts of the phases
 
-    @property
-    def run_seed(self) -> int:
-        """The seed of samples and minibatches."""
-        return int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
-
     def policy_and_values(self, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return log-probabilities [N, L], values [N, L, S], and entropies [N, L] where they are rewarded."""
         assert self.policy is not None
@@ -405,9 +341,9 @@ class PPOModule(PolicyModule):
     def mixed(self, experience: Experience) -> Tensor:
         """Return the advantages [B, T] that the policy learns from, at the multipliers of now."""
         mixed, mask = self.multipliers.mix(experience.advantages), experience.mask
-        if self.dual.form == "mixed" or not self.ppo.standardise:
+        if self._mixes_standardised or not self.ppo.standardise:
             return mixed
-        return standardise(mixed, mask, center=True, moments=_moments(mixed, mask), floor=self.ppo.floor)
+        return standardise(mixed, mask, center=True, moments=moments(mixed, mask), floor=self.ppo.floor)
 
     def constraint_values(self, experience: Experience, rows: Sequence[int] | None = None) -> dict[str, float]:
         """Return the constraints' means over the episodes of all processes, in the run's units.
@@ -424,26 +360,13 @@ class PPOModule(PolicyModule):
         sums = summed(torch.cat([(values * weights[:, None]).sum(0), weights.sum()[None]]))
         return dict(zip(self.multipliers.constraints, (sums[:-1] / sums[-1]).tolist(), strict=True))
 
-    def _sampled(
-        self, prompts: list[Prompt], numbers: list[int], categories: list[str | None] | None, draw: tuple[int, int]
-    ) -> Rollout:
-        """Sample in as many passes as the process with most rows needs; `draw` is (update, sample number)."""
-        update, sample = draw
-        parts = []
-        for part in passes(range(len(prompts)), self._most(len(prompts)), self.ppo.rollout_batch_size):
-            generators = [row_generator(self.run_seed, update, numbers[i], sample) for i in part.rows]
-            rollout = self.sample([prompts[i] for i in part.rows], generators, self.sampling)
-            kinds = None if categories is None else [categories[i] for i in part.rows]
-            parts += [replace(rollout, categories=kinds)] if part.counts else []
-        return joined(parts)
-
     def _judged(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Return the reference's log-probabilities, [B, T], and the critic's values, [B, T, S]."""
         assert self.critic is not None
         count, width = rollout.token_logps.shape
         reference = torch.zeros_like(rollout.token_logps)
         values = reference.new_zeros(count, width, 1 + len(self.multipliers))
-        for part in passes(range(count), self._most(count), self.ppo.micro_batch_size):
+        for part in passes(range(count), self.most(count), self.ppo.micro_batch_size):
             rows = torch.tensor(part.rows, device=reference.device)
             sequences, cut = trimmed(rollout.sequences, rows)
             with self._inference():
@@ -452,35 +375,6 @@ class PPOModule(PolicyModule):
             reference[rows, : width - cut] = logps[:, cut - width :].to(reference)
             values[rows, : width - cut] = found[:, cut - width :].to(values)
         return reference, values
-
-    def _streams(self, scores: Mapping[str, Tensor], rollout: Rollout, reference: Tensor) -> Tensor:
-        """Return the rewards of all streams, [B, T, S]; where costs are subtracted they are charged the KL too."""
-        mask, logps = rollout.response_mask, rollout.token_logps
-        penalty = kl_rewards(logps, reference, mask, float(self.progress.kl_coefficient))
-        task = penalise_unended(self.objective.combine(scores), rollout.ended, self.ppo.unended_penalty)
-        streams = [terminal_rewards(task, mask) + penalty]
-        for name in self.multipliers.constraints:
-            own = -kl_rewards(logps, reference, mask, 1.0) if name == KL else terminal_rewards(scores[name], mask)
-            streams.append(own - penalty if self.dual.form == "reward_minus_cost" else own)
-        return torch.stack(streams, -1)
-
-    def _standardised(self, advantages: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
-        """Standardise each stream over all processes; one whose returns do not differ is only centred.
-
-        Such a stream's advantages are the critic's noise, which unit variance would make as loud as a signal.
-        """
-        if not self.ppo.standardise or self.dual.form == "reward_minus_cost":
-            return advantages
-        returns, _ = gae(rewards, torch.zeros_like(rewards), mask, self.ppo.gamma, 1.0)
-        count, total, squares = _moments(returns, mask)
-        spread = (squares / count - (total / count).square()).clamp_min(0).sqrt()
-        moments = _moments(advantages, mask)
-        scaled = standardise(advantages, mask, center=True, moments=moments, floor=0.0)
-        centred = standardise(advantages, mask, center=True, moments=moments, floor=float("inf"))
-        return torch.where(spread > self.ppo.floor, scaled, centred)
-
-    def _most(self, count: int) -> int:
-        return max(gathered(count))
 
     def _backward(self, loss: Tensor) -> None:
         if self._trainer is None:
@@ -492,31 +386,13 @@ class PPOModule(PolicyModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Sample held-out prompts and log KL and scores."""
-        rollout = self._sampled(list(batch.prompts), batch.index.tolist(), list(batch.categories), (0, 2))
+        rollout = self.sampled(list(batch.prompts), batch.index.tolist(), list(batch.categories), (0, 2))
         reference, _ = self._judged(rollout)
         kl = kl_estimates(rollout.token_logps, reference, rollout.response_mask)
         scores = {f"objective/scores/{name}/raw": found.total for name, found in self.score(rollout).items()}
         self.log_validation({"objective/kl": kl["k1"], "objective/kl_k3": kl["k3"], **scores})
 
     test_step = validation_step
-
-    def proxy(self, rollout: Rollout) -> Scores | None:
-        """Score samples as the policy is rewarded.
-
-        One reward's scores are given raw, with its members. Several are combined by the objective in the run's units
-        (their mean where the objective reads none), with the raw scores by name as parts.
-        """
-        if self.proxy_scorer is not None:
-            return super().proxy(rollout)
-        self.default_reward()
-        if len(self.rewards) == 1:
-            (scorer,) = self.rewards.values()
-            return scorer.score(rollout.prompts, rollout.responses, rollout.categories)
-        raw = {name: found.total for name, found in self.score(rollout).items()}
-        units = {name: self.scale.to_units(name, x) for name, x in raw.items()}
-        reads_none = isinstance(self.objective, NegativeKL)
-        total = torch.stack(list(units.values())).mean(0) if reads_none else self.objective.combine(units)
-        return Scores(total.cpu(), parts={name: x.cpu() for name, x in raw.items()})
 
     def probe_extras(self, rollout: Rollout, logps: Tensor, reference_logps: Tensor) -> dict[str, Any]:
         """Return the constraints as the last update left them (before the first, at step 0), and the rewards' units."""
@@ -554,21 +430,6 @@ def _method(objective: Objective, constraints: Sequence[Constraint], dual: Dual)
         return "ppo_mu" if kinds == {AtLeast} else "ppo_xi"
     known = dual.form == "mixed" and isinstance(objective, WeightedReward) and kinds == {AtMost}
     return "ppo_all" if known else "ppo_lagrangian"
-
-
-def _all_scorers(scorers: Sequence[Scorer | None]) -> Iterator[Scorer]:
-    """Yield scorers and those inside them."""
-    for scorer in scorers:
-        if scorer is not None:
-            yield scorer
-            yield from _all_scorers(getattr(scorer, "scorers", []))
-
-
-def _moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return count, sum and sum of squares over all processes."""
-    count, total, squares = masked_moments(x, mask)
-    table = summed(torch.stack([count.expand_as(total), total, squares]))
-    return table[0].flatten()[0], table[1], table[2]
 
 
 def _clip(x: Tensor, bound: float) -> Tensor:

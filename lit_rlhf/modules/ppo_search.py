@@ -137,7 +137,7 @@ class ThresholdSearchModule(PPOModule):
         own, found = range(rank(), len(self._prompts), world_size()), []
         prompts, categories = [self._prompts[i][0] for i in own], [self._prompts[i][1] for i in own]
         for number in range(self.search.options.samples):
-            rollout = self._sampled(prompts, list(own), categories, (0, FIRST_SAMPLE + number))
+            rollout = self.sampled(prompts, list(own), categories, (0, FIRST_SAMPLE + number))
             found += self._gold.score(prompts, rollout.responses, categories).total.tolist()
         golds = [gold for part in gathered(found) for gold in part]
         if not all(map(isfinite, golds)):

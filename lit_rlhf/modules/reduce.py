@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lit_rlhf.functional.sequence import masked_moments
+
 
 def distributed() -> bool:
     """Say whether there is a process group to talk over."""
@@ -56,3 +58,10 @@ def means(columns: Mapping[str, Tensor]) -> dict[str, float]:
     counts = torch.stack([sums.new_tensor(column.numel()) for column in columns.values()])
     totals, numbers = summed(torch.stack([sums, counts])).unbind()
     return dict(zip(columns, (totals / numbers.clamp_min(1)).tolist(), strict=True))
+
+
+def moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return count, sum and sum of squares over all processes."""
+    count, total, squares = masked_moments(x, mask)
+    table = summed(torch.stack([count.expand_as(total), total, squares]))
+    return table[0].flatten()[0], table[1], table[2]

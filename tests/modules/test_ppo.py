@@ -18,6 +18,7 @@ from lit_rlhf.modules.objective import NegativeKL, Satisficing, WeightedReward
 from lit_rlhf.modules.optimizer import Optimizer
 from lit_rlhf.modules.ppo import PPOModule
 from lit_rlhf.modules.ppo_options import CriticOptions, PPOOptions
+from lit_rlhf.modules.ppo_streams import reward_streams
 from lit_rlhf.types import Sampling, UserError
 from tests.modules.ppo_parts import Constant, Letters, Words, experience_of, module, prompts, ready
 from tests.modules.test_modules import fit
@@ -166,7 +167,7 @@ def test_kl_itself_can_be_held_at_a_threshold(tiny_llama_path, tmp_path):
     assert experience.constraint_values.mean().item() == pytest.approx(metrics["objective/kl"], rel=1e-5)
     assert ppo.start("kl") == 0
     rollout = ppo.rollout(batch)
-    stream = ppo._streams(ppo_scores(ppo, rollout), rollout, ppo._judged(rollout)[0])[..., 1]
+    stream = reward_streams(ppo, ppo_scores(ppo, rollout), rollout, ppo._judged(rollout)[0])[..., 1]
     assert stream.sum(-1).tolist() == pytest.approx(experience.constraint_values[:, 0].tolist(), abs=1e-4)
 
 
@@ -303,7 +304,7 @@ def test_units_are_those_of_the_reference_policys_samples(tiny_llama_path, tmp_p
     data = prompts(tiny_llama_path, tmp_path)
     data.setup("fit")
     texts = [example.row.prompt for example in data.examples("train").items[:16]]
-    scores = ppo.score(ppo._sampled(texts, list(range(16)), None, (0, 1)))["words"].total
+    scores = ppo.score(ppo.sampled(texts, list(range(16)), None, (0, 1)))["words"].total
     units = ppo.scale.to_units("words", scores)
     assert units.mean().abs() < 1e-6
     assert units.std(correction=0) == pytest.approx(1, abs=1e-5)

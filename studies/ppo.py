@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TypeVar
@@ -19,6 +20,7 @@ from lit_rlhf.report import table_text
 
 T = TypeVar("T")
 Runs = dict[int, list[Record]]  # seed to probes
+DISTANCES = (2, 5, 10, 20, 40)  # nats
 FALL = 0.3  # of the gain, which counts as over-optimised
 
 
@@ -36,6 +38,21 @@ def fallen(runs: Runs) -> int:
     """Count the seeds whose gold lost `FALL` of its gain or more."""
     drops = [(max(r["gold_z"] for r in p), p[-1]["gold_z"]) for p in runs.values()]
     return sum(top > 0 and (top - end) / top >= FALL for top, end in drops)
+
+
+def gold_at(probes: Sequence[Record], kl: float) -> float | None:
+    """Return gold where a run first spent so many nats, between two probes in proportion; None where it never did."""
+    for before, after in pairwise(probes):
+        if before["kl_k1"] < kl <= after["kl_k1"]:
+            share = (kl - before["kl_k1"]) / (after["kl_k1"] - before["kl_k1"])
+            return float(before["gold_z"] + share * (after["gold_z"] - before["gold_z"]))
+    return None
+
+
+def gold_by_kl(runs: Runs) -> str:
+    """Return gold at some distances, over the seeds that went so far."""
+    found = {kl: [g for g in (gold_at(p, kl) for p in runs.values()) if g is not None] for kl in DISTANCES}
+    return "; ".join(f"{kl} nats {shown(golds)} ({len(golds)} seeds)" for kl, golds in found.items() if golds)
 
 
 def constraints(runs: Runs) -> list[str]:
@@ -97,7 +114,7 @@ def main(folder: str) -> None:
         print(f"{name}, {len(runs)} seeds: fallen by {FALL:.0%} of the gain or more in {fallen(runs)}")
         print(f"  late gold {shown([gold(p) for p in runs.values()])}, proxy from peak to end ", end="")
         print(shown(peak_to_end(runs, "proxy_z")))
-        print("\n".join(constraints(runs)))
+        print("\n".join([f"  gold at {gold_by_kl(runs)}", *constraints(runs)]))
     print("\n".join(search_and_grid(found.get("nelder_mead", {}), grid)))
 
 

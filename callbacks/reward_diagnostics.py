@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -12,7 +11,17 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from callbacks.reward_rows import Answer, PairRow, PolicySamples, experts, pair_rows, pairs_of, prompt_numbers
+from callbacks.reward_rows import (
+    Answer,
+    PolicySamples,
+    Seen,
+    experts,
+    pair_rows,
+    pairs_of,
+    prompt_numbers,
+    scores_of,
+    seen,
+)
 from lit_rlhf import records
 from lit_rlhf.functional.pair_stats import Pairs, shift, summarise
 from lit_rlhf.functional.probe_stats import finite
@@ -26,15 +35,18 @@ class RewardDiagnostics(pl.Callback):
     """Measures a reward model on all held-out pairs, in every validation of a fit, in `validate` and in `test`.
 
     Accuracy with intervals, overall and by category, beside that of a rule that prefers the longer response;
-    reliability, ECE and Brier score of sigmoid(chosen - rejected) against the label; score against length; and, where
+    reliability, ECE and Brier score of the model's probability against the label; score against length; and, where
     `policy` is given, how far the scores of a policy's samples lie from those of the data. Rows are gathered from all
     processes and each row of the data counts once, so the number of processes changes nothing. Process 0 appends one
     line to `reward.jsonl` in the logger's folder, which `report` reads, and sends numbers and figures to the loggers.
 
     Any module serves whose `validation_step` and `test_step` return `{"scores": Scores}` of the batch's 2B rows, chosen
-    first, for batches with `sequences`, `label`, `index` and, where they have any, `categories` (names). Parts of the
-    scores called `gate/NAME` are read as the weights of experts, and their use by category is recorded. With `policy`,
-    the module's `score(prompts, responses, categories)` is asked as well.
+    first, for batches with `sequences`, `label`, `index` and, where they have any, `categories` (names). Where the
+    validation itself finds their scale, `scores` may be a function that gives them afterwards, and the module's
+    `settle()` is called before. The model's probability is sigmoid(chosen - rejected), unless the step returns
+    `logits`, [B], too: scores that are standardised or aggregated are no logits. Parts of the scores called `gate/NAME`
+    are read as the weights of experts, and their use by category is recorded. With `policy`, the module's
+    `score(prompts, responses, categories)` is asked as well.
 
     Args:
         policy: a JSONL file of samples with `prompt` and `response` (a run's `samples.jsonl` counts by its last step),
@@ -68,8 +80,7 @@ class RewardDiagnostics(pl.Callback):
                 raise ValueError(f"{name} must be >= 1, got {count}")
         self.policy, self.n_prompts, self.sampling, self.batch_size = policy, n_prompts, sampling, batch_size
         self.seed, self.bins, self.label = seed, bins, label
-        self._rows: list[PairRow] = []
-        self._experts: list[str] = []
+        self._seen: list[Seen] = []
         self._samples: list[Answer] = []
         self._started = 0.0
 
@@ -81,7 +92,7 @@ class RewardDiagnostics(pl.Callback):
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget the pairs of the last time."""
-        self._rows, self._started = [], perf_counter()
+        self._seen, self._started = [], perf_counter()
 
     def on_validation_batch_end(
         self,
@@ -95,15 +106,17 @@ class RewardDiagnostics(pl.Callback):
         """Keep what the step said of the batch."""
         if isinstance(batch, CategoryBatch):
             return  # a DMoERM's validation while its router trains
-        scores = outputs.get("scores") if isinstance(outputs, Mapping) else None
-        self._rows += pair_rows(batch, scores)
-        self._experts = experts(scores)
+        self._seen.append(seen(batch, outputs))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gather, measure, write and log."""
-        if trainer.sanity_checking or not self._rows:
+        if trainer.sanity_checking or not self._seen:
             return
-        pairs = pairs_of(self._rows, self._experts, trainer.world_size)
+        settle: Any = getattr(pl_module, "settle", None)
+        if settle is not None:
+            settle()  # Lightning runs the module's own hook after this one
+        rows = [row for batch in self._seen for row in pair_rows(batch)]
+        pairs = pairs_of(rows, experts(scores_of(self._seen[-1])), trainer.world_size)
         found = summarise(pairs, bins=self.bins) | {"policy": self._shift(trainer, pl_module, pairs)}
         about = self._about(trainer, pl_module)
         record = finite(about | found | {"seconds": round(perf_counter() - self._started, 3)})

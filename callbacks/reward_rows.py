@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import cycle, islice
@@ -30,13 +30,21 @@ class PairRow(NamedTuple):
 
     row: int
     prompt: int
-    chosen: float
-    rejected: float
     label: float
     chosen_length: int
     rejected_length: int
     category: str | None
+    chosen: float
+    rejected: float
+    logit: float
     gates: tuple[float, ...]
+
+
+class Seen(NamedTuple):
+    """One batch: its pairs' own columns of `PairRow`, and what the module's step returned."""
+
+    pairs: list[tuple[Any, ...]]
+    outputs: Mapping[str, Any]
 
 
 class Answer(NamedTuple):
@@ -47,20 +55,43 @@ class Answer(NamedTuple):
     response: str
 
 
-def pair_rows(batch: Any, scores: Any) -> list[PairRow]:
-    """Return the pairs of a batch with what the module's step said of its 2B rows.
+def seen(batch: Any, outputs: Any) -> Seen:
+    """Keep of a batch what its rows need, and not its tokens.
 
-    A prompt is known by its tokens. The parts called `gate/NAME` are experts' weights; of a pair's two the mean counts.
+    A prompt is known by its tokens.
 
     Args:
         batch: B pairs, a `PreferenceBatch` or what has its `sequences`, `label`, `index` and perhaps `categories`.
-        scores: `Scores` of the 2B rows, chosen first.
+        outputs: of the module's step.
+    """
+    lengths = batch.sequences.response_lengths.reshape(2, -1).long().tolist()
+    n = len(batch.label)
+    categories = getattr(batch, "categories", ()) or [None] * n
+    columns = (batch.index.tolist(), _prompts(batch)[:n], batch.label.tolist(), *lengths, categories)
+    return Seen(list(zip(*columns, strict=True)), outputs if isinstance(outputs, Mapping) else {})
+
+
+def scores_of(batch: Seen) -> Any:
+    """Return the scores of a batch, also where the step returned a function that gives them after the validation."""
+    scores = batch.outputs.get("scores")
+    return scores() if callable(scores) else scores
+
+
+def pair_rows(batch: Seen) -> list[PairRow]:
+    """Return the pairs of a batch with what the module's step said of its 2B rows.
+
+    The parts called `gate/NAME` are experts' weights; of a pair's two the mean counts. The step's `logits`, [B], are
+    those of its probability that `chosen` is the better one; without them they are the margins of the scores.
+
+    Args:
+        batch: as `seen` keeps it; `scores` are `Scores` of the 2B rows, chosen first, or give them when called.
 
     Raises:
         UserError: the step returned other scores than one for each row, or one that is no finite number.
     """
+    scores = scores_of(batch)
     total = scores.total if isinstance(scores, Scores) else torch.zeros(0)
-    n = len(batch.label)
+    n = len(batch.pairs)
     if total.shape != (2 * n,):
         raise UserError(
             "RewardDiagnostics needs a module whose validation_step and test_step return {'scores': Scores} with one"
@@ -68,15 +99,14 @@ def pair_rows(batch: Any, scores: Any) -> list[PairRow]:
         )
     if not total.isfinite().all():
         row = int((~total.isfinite()).nonzero()[0])
-        raise UserError(f"the reward model's score of pair {int(batch.index[row % n])} is {total[row].item()}")
+        raise UserError(f"the reward model's score of pair {batch.pairs[row % n][0]} is {total[row].item()}")
     gates = [_halves(scores.parts[GATE + name], n).mean(0).tolist() for name in experts(scores)]
-    chosen, rejected = _halves(total, n).tolist()
-    lengths = _halves(batch.sequences.response_lengths, n).long().tolist()
-    columns = (
-        batch.index.tolist(), _prompts(batch)[:n], chosen, rejected, batch.label.tolist(), *lengths,
-        getattr(batch, "categories", ()) or [None] * n, list(zip(*gates, strict=True)) or [()] * n,
-    )  # fmt: skip
-    return [PairRow(*row) for row in zip(*columns, strict=True)]
+    chosen, rejected = _halves(total, n)
+    logits = batch.outputs.get("logits", chosen - rejected)
+    if logits.shape != (n,):
+        raise UserError(f"the step returned logits of shape {tuple(logits.shape)}; expected one for each of {n} pairs")
+    columns = (chosen.tolist(), rejected.tolist(), logits.tolist(), list(zip(*gates, strict=True)) or [()] * n)
+    return [PairRow(*pair, *row) for pair, *row in zip(batch.pairs, *columns, strict=True)]
 
 
 def pairs_of(rows: Sequence[PairRow], names: Sequence[str], world: int) -> Pairs:
@@ -91,7 +121,7 @@ def pairs_of(rows: Sequence[PairRow], names: Sequence[str], world: int) -> Pairs
     """
     unique = {row.row: row for row in gathered(rows, world)}
     columns = list(zip(*(unique[number] for number in sorted(unique)), strict=True))
-    _, prompt, chosen, rejected, label, chosen_length, rejected_length, category, gates = columns
+    _, prompt, label, chosen_length, rejected_length, category, chosen, rejected, logit, gates = columns
     return Pairs(
         chosen=np.array(chosen, np.float64),
         rejected=np.array(rejected, np.float64),
@@ -101,6 +131,7 @@ def pairs_of(rows: Sequence[PairRow], names: Sequence[str], world: int) -> Pairs
         prompts=np.array(prompt, np.int64),
         categories=category,
         gates={name: np.array([row[k] for row in gates], np.float64) for k, name in enumerate(names)},
+        logits=np.array(logit, np.float64),
     )
 
 

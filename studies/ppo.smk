@@ -1,6 +1,6 @@
 # PPO without a KL penalty against one reward model and against the worst case of five, with a small penalty, and held at
 # thresholds; every seed has another of the shipped reward models as its single one. `grid` holds nine pairs of thresholds
-# beside the search for them.
+# beside the search for them; `few` takes the reward models that best_of_n.smk trained from 1,000 pairs, by its seeds.
 # python -m snakemake --snakefile studies/ppo.smk --cores 2 --config seeds="[81, 82, 83, 84, 85]" out=runs/ppo_study
 # python -m studies.ppo runs/ppo_study
 import sys
@@ -19,6 +19,19 @@ RUNS = {
     "xi_long": "configs/ppo_xi.yaml --trainer.max_steps 1920",  # three times the config's
     "nelder_mead": "configs/ppo_nelder_mead.yaml",
 }
+WEAK = config.get("ensembles", "runs/best_of_n")  # where best_of_n.smk trained five members from 1,000 pairs a seed
+MEMBERS = f"{WEAK}/seed{{seed}}/reward_ensemble/version_0/hf"
+WORST = (
+    '{{"ensemble": {{"class_path": "lit_rlhf.models.scorers.EnsembleRewardModel", "init_args": {{"path": "'
+    + MEMBERS
+    + '", "aggregator": {{"class_path": "lit_rlhf.functional.aggregation.WorstCase"}}}}}}}}'
+)
+FEW = {
+    "few_single": f"configs/ppo.yaml --trainer.max_steps 400 --model.init_args.rewards.proxy.init_args.path {MEMBERS}/member-0",
+    "few_wco": f"configs/ppo_ensemble.yaml --trainer.max_steps 400 --model.init_args.rewards '{WORST}'",
+    "few_wco_kl": f"configs/ppo_ensemble.yaml --trainer.max_steps 400 --model.init_args.rewards '{WORST}'"
+    " --model.init_args.kl.init_args.coefficient 0.1",
+}
 THRESHOLDS = ("0.4", "0.8", "1.2")
 POINTS = [f"grid_{first}_{second}" for first in THRESHOLDS for second in THRESHOLDS]
 
@@ -26,13 +39,18 @@ POINTS = [f"grid_{first}_{second}" for first in THRESHOLDS for second in THRESHO
 def arguments(run, seed):
     """Return the config of a run, and what differs from it."""
     if run not in POINTS:
-        return RUNS[run].format(proxy=int(seed) % 5)
+        return (RUNS | FEW)[run].format(proxy=int(seed) % 5, seed=seed)
     return f"configs/ppo_xi.yaml --config {OUT}/{run}.yaml --trainer.max_steps 400"
 
 
 rule all:
     input:
         [f"{OUT}/seed{seed}/{run}.done" for run in RUNS for seed in SEEDS],
+
+
+rule few:  # reward models that differ, since they saw few pairs
+    input:
+        [f"{OUT}/seed{seed}/{run}.done" for run in FEW for seed in SEEDS],
 
 
 rule grid:
@@ -58,7 +76,7 @@ rule train:
     output:
         touch(f"{OUT}/seed{{seed}}/{{run}}.done"),
     wildcard_constraints:
-        run="|".join([*RUNS, *POINTS]),
+        run="|".join([*RUNS, *FEW, *POINTS]),
     log:
         f"{OUT}/seed{{seed}}/{{run}}.log",
     params:

@@ -2,7 +2,7 @@
 
 Legend: N pairs, P prompts (the clusters), G groups. A pair's margin is the chosen response's score less the rejected
 one's, its label the probability that `chosen` is the better one: 1 unless labels are soft. The model says
-sigmoid(margin) for it. NumPy in float64.
+sigmoid(margin) for it, so calibration takes margins of raw scores: a Bradley-Terry model's logits. NumPy in float64.
 """
 
 from __future__ import annotations

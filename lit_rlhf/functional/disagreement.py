@@ -1,14 +1,44 @@
-"""How the K members of an ensemble differ on the same B responses.
+"""How the K members of an ensemble differ on the same B responses, and what they say together.
 
-All take standardised scores: on raw ones, offsets and scales between members would pass for disagreement.
+`spread` and `lowest` take standardised scores: on raw ones, offsets and scales between members would pass for
+disagreement.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from lit_rlhf.functional.sequence import widen
+
+FLOOR = 1e-6  # of a spread, in units of the mean where that is above 1; scores are made in float32
+
+
+def collapsed(mean: Tensor, std: Tensor) -> Tensor:
+    """Say which members score everything alike, so that their spread is rounding noise, [K] from [K] and [K].
+
+    >>> collapsed(torch.tensor([0.0, 50.0]), torch.tensor([1e-3, 1e-6])).tolist()
+    [False, True]
+    """
+    return ~(std > FLOOR * mean.abs().clamp_min(1.0))
+
+
+def mixture_logit(margins: Tensor) -> Tensor:
+    """Return the logit of the members' mean probability that `chosen` is the better one.
+
+    p = mean_k sigmoid(margin_k),    logit = log p - log(1 - p)
+
+    The ensemble as a mixture of its members (Lakshminarayanan et al. 2017, arXiv:1612.01474, section 2.4).
+
+    Args:
+        margins: [B, K], raw scores of chosen less rejected: each member's own logit.
+
+    Returns:
+        [B]; the margin itself for one member.
+    """
+    margins = widen(margins)
+    return logsigmoid(margins).logsumexp(1) - logsigmoid(-margins).logsumexp(1)
 
 
 def spread(scores: Tensor) -> Tensor:
@@ -41,19 +71,20 @@ def products(scores: Tensor) -> Tensor:
     return rows.T @ rows
 
 
-def correlation(sums: Tensor) -> Tensor:
+def correlation(sums: Tensor) -> Tensor | None:
     """Return the mean Pearson correlation over all pairs of members.
 
     Args:
         sums: from `products`, in float64; K >= 2.
 
     Returns:
-        [], in [-1, 1]; a member that scores everything alike correlates 0 with the others.
+        [], in [-1, 1]; None where a member scores everything alike, since it correlates with nothing.
     """
     mean = sums[0, 1:] / sums[0, 0]
     covariance = sums[1:, 1:] / sums[0, 0] - mean[:, None] * mean
     std = covariance.diagonal().clamp_min(0).sqrt()
-    scale = torch.where(std > 0, 1 / std, 0)
-    pairs = (covariance * scale[:, None] * scale).triu(1)
+    if collapsed(mean, std).any():
+        return None
+    pairs = (covariance / std[:, None] / std).triu(1)
     members = len(mean)
     return pairs.sum() / (members * (members - 1) / 2)

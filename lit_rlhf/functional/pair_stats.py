@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lit_rlhf.errors import UserError
 from lit_rlhf.functional.calibration import (
     NORMAL,
     agreement,
@@ -40,6 +41,8 @@ class Pairs:
         prompts: [N], integers; pairs of one prompt share theirs.
         categories: N names or None.
         gates: expert's name to [N], the weight that an expert had for a pair; empty without experts.
+        logits: [N], of the model's probability that `chosen` is the better one; None where the scores are raw, so that
+            it is the margin. On standardised or aggregated scores the margin is no logit.
     """
 
     chosen: Floats
@@ -50,6 +53,7 @@ class Pairs:
     prompts: NDArray[np.int64]
     categories: Sequence[str | None]
     gates: Mapping[str, Floats] = field(default_factory=dict)
+    logits: Floats | None = None
 
     @property
     def margin(self) -> Floats:
@@ -70,6 +74,9 @@ class Pairs:
 def summarise(pairs: Pairs, *, bins: int = 10) -> dict[str, Any]:
     """Boil N pairs down to the statistics of a reward model's record, plain data.
 
+    Accuracies count agreement with the majority label; a pair of label exactly 1/2 is not graded. Calibration takes the
+    label as it is, against sigmoid(logit).
+
     Args:
         pairs: N >= 1 pairs with finite scores.
         bins: of the reliability curve and, as quantiles, of the length curve.
@@ -77,17 +84,26 @@ def summarise(pairs: Pairs, *, bins: int = 10) -> dict[str, Any]:
     Returns:
         `accuracy`, `length_accuracy` (of a rule that prefers the longer response) and `macro` (mean over categories;
         None with fewer than two) as shares with intervals; `ties`; `ece`, `brier`, `reliability`; `length` (see
-        `against_length`); `categories`, name to `accuracy`, `length_accuracy` and `brier`; `experts` (see `usage`).
+        `against_length`); `categories`, name to `accuracy`, `length_accuracy` and `brier`, those that have a graded
+        pair; `experts` (see `usage`).
+
+    Raises:
+        UserError: all labels are 1/2.
     """
     margin, longer = pairs.margin, pairs.chosen_length - pairs.rejected_length
-    right, rule = agreement(margin, pairs.label), agreement(longer, pairs.label)
-    squared = brier(margin, pairs.label)
-    curve = reliability(margin, pairs.label, pairs.prompts, bins)
-    places = _places(pairs.categories)
+    sided, better = pairs.label != 0.5, pairs.label > 0.5
+    if not sided.any():
+        raise UserError(f"all {len(sided)} pairs have label 0.5; expected one at least whose better response is known")
+    right, rule = agreement(margin, better), agreement(longer, better)
+    logits = margin if pairs.logits is None else pairs.logits
+    squared = brier(logits, pairs.label)
+    curve = reliability(logits, pairs.label, pairs.prompts, bins)
+    everywhere = _places(pairs.categories)
+    places = {name: at & sided for name, at in everywhere.items() if (at & sided).any()}
     groups = {name: proportion(right[at], pairs.prompts[at]) for name, at in places.items()}
     return {
-        "accuracy": asdict(proportion(right, pairs.prompts)),
-        "length_accuracy": asdict(proportion(rule, pairs.prompts)),
+        "accuracy": asdict(proportion(right[sided], pairs.prompts[sided])),
+        "length_accuracy": asdict(proportion(rule[sided], pairs.prompts[sided])),
         "macro": asdict(macro_average(list(groups.values()))) if len(groups) > 1 else None,
         "ties": int((margin == 0).sum()),
         "margin": float(margin.mean()),
@@ -99,11 +115,11 @@ def summarise(pairs: Pairs, *, bins: int = 10) -> dict[str, Any]:
             name: {
                 "accuracy": asdict(groups[name]),
                 "length_accuracy": asdict(proportion(rule[at], pairs.prompts[at])),
-                "brier": float(squared[at].mean()),
+                "brier": float(squared[everywhere[name]].mean()),
             }
             for name, at in places.items()
         },
-        "experts": usage(pairs.gates, places),
+        "experts": usage(pairs.gates, everywhere),
     }
 
 

@@ -48,8 +48,8 @@ class RewardEnsemble(nn.Module):
         mode: which of these it is.
 
     Attributes:
-        score_mean: [K], each member's mean score on reference responses; 0 until set.
-        score_std: [K], their standard deviations; 1 until set.
+        score_mean: [K], each member's mean score on held-out responses; NaN until set.
+        score_std: [K], their standard deviations; NaN until set.
         sharded: whether `shard` was called.
     """
 
@@ -59,8 +59,8 @@ class RewardEnsemble(nn.Module):
     def __init__(self, bodies: Sequence[ExpertBody], heads: Sequence[nn.Linear], mode: Mode) -> None:
         super().__init__()
         self.bodies, self.heads, self.mode = nn.ModuleList(bodies), Heads(heads), mode
-        self.register_buffer("score_mean", torch.zeros(len(heads)))
-        self.register_buffer("score_std", torch.ones(len(heads)))
+        self.register_buffer("score_mean", torch.full((len(heads),), torch.nan))
+        self.register_buffer("score_std", torch.full((len(heads),), torch.nan))
         if mode == "heads":
             self.bodies.requires_grad_(requires_grad=False)
         self.sharded = False
@@ -89,21 +89,63 @@ class RewardEnsemble(nn.Module):
         scores: Tensor = self.heads(states.view(self.members, -1, states.shape[-1]))
         return scores
 
+    @property
+    def scaled(self) -> bool:
+        """Whether every member keeps a scale."""
+        return bool(self.score_std.isfinite().all())
+
     def standardise(self, scores: Tensor) -> Tensor:
-        """Put raw scores [N, K] on one scale: each member less its mean, over its standard deviation."""
+        """Put raw scores [N, K] on one scale: each member less its mean, over its standard deviation.
+
+        Raises:
+            UserError: a member keeps no scale: none was measured, or it scored everything alike.
+        """
+        if not self.scaled:
+            bare = (~self.score_std.isfinite()).nonzero()[:, 0].tolist()
+            raise UserError(
+                f"members {bare} of {self.members} keep no mean and standard deviation of their scores, so the scores"
+                " cannot be put on one scale: a `fit` measures them in its validation, unless a member scores all"
+                " responses alike; expected such a fit, or raw: true"
+            )
         return (scores - self.score_mean.to(scores)) / self.score_std.to(scores)
 
     @torch.no_grad()
     def set_scale(self, mean: Tensor, std: Tensor) -> None:
-        """Keep each member's mean and standard deviation, [K], of the scores on reference responses.
+        """Keep each member's mean and standard deviation, [K], of the scores on held-out responses; NaN for none.
 
         Raises:
             UserError: a spread that is not a positive number.
         """
-        if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+        none = mean.isnan() & std.isnan()
+        if not ((mean.isfinite() & std.isfinite() & (std > 0)) | none).all():
             raise UserError(f"members' means must be finite and stds positive, got {mean.tolist()} and {std.tolist()}")
         self.score_mean.copy_(mean)
         self.score_std.copy_(std)
+
+    @torch.no_grad()
+    def clip_gradients(self, limit: float) -> Tensor:
+        """Bound the norm of each member's own gradient, so that no member shrinks another's step.
+
+        Args:
+            limit: largest norm; as `torch.nn.utils.clip_grad_norm_` does it for a member alone.
+
+        Returns:
+            The norms before, [K].
+        """
+        layers = [layer for body in self.bodies for layer in body.expert_layers.values()]  # type: ignore[operator]
+        stacked = [p.grad for layer in layers for p in (layer.A, layer.B) if p.grad is not None]
+        parts = zip(self.bodies, self.heads.each, strict=True) if self.mode == "full" else zip(self.heads.each)
+        own = [[p.grad for part in member for p in part.parameters() if p.grad is not None] for member in parts]
+        squares = torch.stack([sum((_whole(g.square().sum()) for g in member), torch.zeros(())) for member in own])
+        for gradient in stacked:
+            squares = squares + _whole(gradient.square().flatten(1).sum(1))
+        factors = (limit / (squares.sqrt() + 1e-6)).clamp_max(1)
+        for gradient in stacked:
+            _multiply(gradient, factors.view(-1, *[1] * (gradient.ndim - 1)))
+        for member, factor in zip(own, factors, strict=True):
+            for gradient in member:
+                _multiply(gradient, factor.expand(gradient.shape))
+        return squares.sqrt()
 
     def shard(self, mesh: Any, mp_policy: Any = None) -> None:
         """Shard the parameters over a device mesh by FSDP2; the heads stay in float32 whatever `mp_policy` says."""
@@ -197,6 +239,24 @@ def load_ensemble(path: str, options: ModelOptions) -> RewardEnsemble:
 
 def _repeated(sequences: Sequences, times: int) -> Sequences:
     return Sequences(*(getattr(sequences, f.name).repeat(times, 1) for f in fields(sequences)))
+
+
+def _whole(values: Tensor) -> Tensor:
+    """Return what all processes hold together of a possibly sharded tensor."""
+    from torch.distributed.tensor import DTensor
+
+    return values.full_tensor() if isinstance(values, DTensor) else values
+
+
+def _multiply(gradient: Tensor, factor: Tensor) -> None:
+    """Multiply a possibly sharded gradient in place, by a factor that fits the whole of it."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    factor = factor.to(gradient.dtype)
+    if isinstance(gradient, DTensor):
+        factor = distribute_tensor(factor.contiguous(), gradient.device_mesh, gradient.placements).to_local()
+        gradient = gradient.to_local()
+    gradient.mul_(factor)
 
 
 def _chunks(sequences: Sequences, count: int) -> list[Sequences]:

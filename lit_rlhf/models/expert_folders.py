@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from lit_rlhf.models.experts import ExpertBody
 from lit_rlhf.models.loading import LoRA, ModelOptions, adapter_base, full_state_dict, is_writer
-from lit_rlhf.models.reward import DESCRIBED, RewardModel
+from lit_rlhf.models.reward import DESCRIBED, RewardModel, score_scale
 from lit_rlhf.types import UserError
 
 
@@ -25,15 +26,15 @@ class ExpertFolder:
         folder: its place.
         head: [H] to one score.
         slots: the experts whose updates are summed; empty for the body alone.
-        mean: of its scores on reference responses.
+        mean: of its scores on held-out responses; NaN where it was not measured.
         std: of the same; > 0.
     """
 
     folder: Path
     head: nn.Linear
     slots: tuple[int, ...] = ()
-    mean: float = 0.0
-    std: float = 1.0
+    mean: float = math.nan
+    std: float = math.nan
 
 
 def write_experts(body: ExpertBody, items: Sequence[ExpertFolder], tokenizer: Any, *, merged: bool = False) -> None:
@@ -79,7 +80,7 @@ def read_experts(folders: Sequence[Path], options: ModelOptions) -> tuple[Expert
         _fill(body, slot, state)
         head = body.new_head(slot)
         head.load_state_dict({n: state[f"base_model.model.score.{n}"] for n in head.state_dict()})
-        items.append(ExpertFolder(folder, head, (slot,), described["score_mean"], described["score_std"]))
+        items.append(ExpertFolder(folder, head, (slot,), *score_scale(described)))
         if described["vocab_size"] > body.transformer.get_input_embeddings().num_embeddings:
             body.transformer.resize_token_embeddings(described["vocab_size"], mean_resizing=False)
     return body, items

@@ -154,8 +154,8 @@ class ExpertBody(nn.Module):
 
     @property
     def folder_scale(self) -> tuple[float, float]:
-        """Mean and standard deviation that a reward model folder keeps of its scores; 0 and 1 where it keeps none."""
-        return score_scale(self.transformer.config)
+        """Mean and standard deviation that a reward model folder keeps of its scores; NaN where it keeps none."""
+        return score_scale(vars(self.transformer.config))
 
     def new_head(self, number: int) -> nn.Linear:
         """Return a trainable score head in float32: a copy of the folder's own, or one drawn from (seed, number)."""

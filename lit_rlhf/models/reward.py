@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from lit_rlhf.models.loading import (
 from lit_rlhf.types import Scorer, Sequences, UserError
 
 DESCRIBED = "score.json"  # beside an adapter: what `config.json` holds beside full weights
+SCALE = ("score_mean", "score_std")
 FORM_FILE = "reward.json"  # over the folders of a model of several parts
 FORMS = {  # form to scorer; imported when asked for
     "reward": "lit_rlhf.models.scorers.HFRewardModel",
@@ -48,8 +50,8 @@ class RewardModel(nn.Module):
 
     Attributes:
         model: the transformers model, or peft's wrapper of it.
-        score_mean: [], mean score on reference responses; 0 until set.
-        score_std: [], their standard deviation; 1 until set.
+        score_mean: [], mean score on held-out responses; NaN until set.
+        score_std: [], their standard deviation; NaN until set.
         sharded: whether `shard` was called.
 
     Raises:
@@ -66,7 +68,7 @@ class RewardModel(nn.Module):
         self.path = resolve(path)
         self.options = options or ModelOptions()
         model, _ = load_classifier(self.path, self.options, fresh_head=fresh_head)
-        for name, value in zip(("score_mean", "score_std"), score_scale(model.config), strict=True):
+        for name, value in zip(("score_mean", "score_std"), score_scale(vars(model.config)), strict=True):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32))
         self.model: Any = add_lora(model, self.options.lora, "SEQ_CLS") if self.options.lora else model
         if self.options.activation_checkpointing:
@@ -93,15 +95,29 @@ class RewardModel(nn.Module):
         with torch.autocast(pooled.device.type, enabled=False):
             return self.head(pooled.to(self.head.weight.dtype))[:, 0].float()
 
+    def standardise(self, scores: Tensor) -> Tensor:
+        """Return raw scores less their mean, over their standard deviation.
+
+        Raises:
+            UserError: the model keeps neither.
+        """
+        if not self.score_std.isfinite():
+            raise UserError(
+                f"{self.path} keeps no mean and standard deviation of its scores, so they cannot be normalised: a `fit`"
+                " measures them in its validation; expected such a model, or normalise: false"
+            )
+        return (scores - self.score_mean.to(scores)) / self.score_std.to(scores)
+
     @torch.no_grad()
     def set_scale(self, mean: float | Tensor, std: float | Tensor) -> None:
-        """Keep the mean and standard deviation of the scores on reference responses.
+        """Keep the mean and standard deviation of the scores on held-out responses; NaN and NaN for none.
 
         Raises:
             UserError: a spread that is not a positive number.
         """
         mean, std = float(mean), float(std)
-        if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+        none = math.isnan(mean) and math.isnan(std)
+        if not none and not (math.isfinite(mean) and math.isfinite(std) and std > 0):
             raise UserError(f"the scores' mean must be finite and their std positive, got mean {mean} and std {std}")
         self.score_mean.fill_(mean)
         self.score_std.fill_(std)
@@ -123,8 +139,8 @@ class RewardModel(nn.Module):
 
         Plain transformers finds the last token by the padding id, so a padding token apart from the end token is
         chosen; a tokenizer without one gets a new token and the model one more embedding row. `config.json` carries
-        `score_mean` and `score_std`; an adapter folder keeps them, and the vocabulary's size, in `score.json`, since a
-        `config.json` beside an adapter would pass for a whole model.
+        `score_mean` and `score_std` where they were measured; an adapter folder keeps them, and the vocabulary's size,
+        in `score.json`, since a `config.json` beside an adapter would pass for a whole model.
 
         Args:
             folder: where to; made if absent.
@@ -159,7 +175,10 @@ class RewardModel(nn.Module):
         text.vocab_size = max(text.vocab_size, tokenizer.pad_token_id + 1)
         config.pad_token_id = text.pad_token_id = tokenizer.pad_token_id
         config.architectures = [type(self.classifier).__name__]
-        config.score_mean, config.score_std = float(self.score_mean), float(self.score_std)
+        for name in SCALE:
+            vars(config).pop(name, None)
+            if self.score_std.isfinite():
+                setattr(config, name, float(getattr(self, name)))
         return config
 
 
@@ -200,9 +219,13 @@ def described(path: str) -> dict[str, Any] | None:
     return content
 
 
-def score_scale(config: Any) -> tuple[float, float]:
-    """Return the mean and standard deviation of scores that a config keeps; 0 and 1 where it keeps none."""
-    return float(getattr(config, "score_mean", 0.0)), float(getattr(config, "score_std", 1.0))
+def score_scale(described: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the mean and standard deviation of scores that a folder's description keeps; NaN where it keeps none.
+
+    Folders of earlier versions say 0 and 1 where nothing was measured.
+    """
+    mean, std = (float(described.get(name, math.nan)) for name in SCALE)
+    return (math.nan, math.nan) if (mean, std) == (0.0, 1.0) else (mean, std)
 
 
 def last_token(attention_mask: Tensor) -> Tensor:
@@ -276,7 +299,7 @@ def _save_classifier(model: Any, state: dict[str, Tensor], config: Any, folder: 
 
 def _save_described(config: Any, folder: str | Path) -> None:
     size = config.get_text_config().vocab_size
-    described = {"score_mean": config.score_mean, "score_std": config.score_std, "vocab_size": size}
+    described = {name: vars(config)[name] for name in SCALE if name in vars(config)} | {"vocab_size": size}
     (Path(folder) / DESCRIBED).write_text(
         json.dumps(described | {"pad_token_id": config.pad_token_id}, indent=2) + "\n"
     )

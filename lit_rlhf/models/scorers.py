@@ -66,12 +66,13 @@ class HFRewardModel(Scorer):
         """Score each response; categories are not read.
 
         Raises:
-            UserError: a prompt fills the window alone, or `path` is no reward model.
+            UserError: a prompt fills the window alone, `path` is no reward model, or it keeps no scale and `normalise`
+                is set.
         """
         model, encoder = self._load()
         total = score_rows(model, encoder, prompts, responses, self.batch_size)
         if self.normalise:
-            total = (total - model.score_mean.cpu()) / model.score_std.cpu()
+            total = model.standardise(total)
         return Scores(total)
 
     def _load(self) -> tuple[RewardModel, Encoder]:
@@ -130,7 +131,8 @@ class EnsembleRewardModel(Scorer):
         """Score each response by all members and aggregate; `members` holds what the aggregator saw, [B, K].
 
         Raises:
-            UserError: a prompt fills the window alone, or `path` is no ensemble.
+            UserError: a prompt fills the window alone, `path` is no ensemble, or a member keeps no scale and `raw` is
+                not set.
         """
         model, encoder = self._load()
         scores = score_rows(model, encoder, prompts, responses, self.batch_size).reshape(len(responses), model.members)

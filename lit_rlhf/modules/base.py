@@ -162,7 +162,7 @@ class BaseModule(LightningModule):
         """Log means over all validation examples of all ranks under `val/`, over test examples under `test/`."""
         stage = "test" if self.trainer.testing else "val"
         for name, values in metrics.items():
-            mean = values.float().mean()
+            mean = values.float().sum() / max(values.numel(), 1)  # a batch may hold none that counts
             self.log(f"{stage}/{name}", mean, batch_size=values.numel(), sync_dist=True, on_step=False, on_epoch=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

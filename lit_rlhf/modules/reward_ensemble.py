@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_rlhf.functional.aggregation import Mean, RewardAggregator
-from lit_rlhf.functional.disagreement import correlation, lowest, products, spread
+from lit_rlhf.functional.disagreement import correlation, lowest, mixture_logit, products, spread
 from lit_rlhf.functional.preference import bradley_terry
 from lit_rlhf.models.ensemble import Mode, load_ensemble, new_ensemble
 from lit_rlhf.models.reward import described
-from lit_rlhf.modules.reward import RewardModule
+from lit_rlhf.modules.reward import RewardModule, graded
 from lit_rlhf.specs import build_optional
 from lit_rlhf.types import LossOutput, PreferenceBatch, Scores, UserError, numbered
 
@@ -21,8 +22,8 @@ class RewardEnsembleModule(RewardModule):
     """Trains K Bradley-Terry reward models that differ by seed alone: in where they start and in their data order.
 
     Coste et al. 2023, arXiv:2310.02743, section 3. Pairs and labels are the same for all. The gradient of a member is
-    what it would be alone; `gradient_clip_val` bounds the norm over all members. Each member's mean and standard
-    deviation over the validation responses are kept, and its scores are combined on that scale.
+    what it would be alone, and `gradient_clip_val` bounds the norm of each member's. Each member's mean and standard
+    deviation over the validation responses are kept, and its scores are combined on that scale (see `RewardModule`).
 
     In training each member reads its own rows, so `reward/accuracy` is the members' mean; in validation all read the
     same, it is that of the combined score, and the disagreement is logged too.
@@ -80,26 +81,52 @@ class RewardEnsembleModule(RewardModule):
         self.log_means(output.metrics, output.loss)
         return output.loss.sum() * self.reward_model.members / batch.share.examples
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip each member's gradient by its own norm, so that it moves as it would alone."""
+        if gradient_clip_val and gradient_clip_algorithm != "value":
+            self.reward_model.clip_gradients(float(gradient_clip_val))
+        else:  # entry by entry, which couples nobody
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
-        """Log each member's accuracy on held-out pairs, and return the 2B combined scores, chosen first."""
+        """Log each member's accuracy on held-out pairs.
+
+        Returns:
+            `scores`: a function that combines the 2B rows' scores, chosen first, once the validation has found their
+            scale; `logits`: [B], of the members' mean probability that `chosen` is the better one.
+        """
         scores: Tensor = self.reward_model(batch.sequences)
         output = self._by_member(scores.T, batch)
-        self._scores.append(scores.detach().double())
+        self._held_out.append((scores.detach().double(), batch.label))
         del output.metrics["reward/accuracy"]  # that of the combined score comes once the scale is known
         self.log_validation({"loss": output.loss, **output.metrics})
-        return {"scores": self.combined(scores.detach())}
+        chosen, rejected = scores.detach().chunk(2)
+        return {"scores": partial(self.combined, scores.detach()), "logits": mixture_logit(chosen - rejected)}
 
     def on_validation_epoch_end(self) -> None:
         """Keep the members' scale over all held-out responses and ranks, and log how they agree on it."""
         super().on_validation_epoch_end()
-        pairs = torch.cat([self.combined(scores).total.view(2, -1) for scores in self._scores], 1)
-        accuracy = bradley_terry(pairs[0], pairs[1]).metrics["reward/accuracy"]
-        members = self.reward_model.standardise(torch.cat(self._scores))
-        shares = {f"ensemble/min_member/{k}": share for k, share in enumerate(lowest(members).T)}
-        self.log_validation({"reward/accuracy": accuracy, "ensemble/std": spread(members), **shares})
+        if self.trainer.sanity_checking:
+            return
+        pairs = torch.cat([self.combined(scores).total.view(2, -1) for scores, _ in self._held_out], 1)
+        wins = bradley_terry(pairs[0], pairs[1]).metrics["reward/accuracy"]
+        self.log_validation({"reward/accuracy": graded(wins, torch.cat([label for _, label in self._held_out]))})
+        self._log_disagreement(torch.cat([scores for scores, _ in self._held_out]))
+
+    def _log_disagreement(self, scores: Tensor) -> None:
+        """Log how the members differ on raw scores [N, K], where a constant member does not leave it undefined."""
+        if self.reward_model.scaled:
+            members = self.reward_model.standardise(scores)
+            shares = {f"ensemble/min_member/{k}": share for k, share in enumerate(lowest(members).T)}
+            self.log_validation({"ensemble/std": spread(members), **shares})
         if self.reward_model.members > 1:
-            sums = self.trainer.strategy.reduce(products(members), reduce_op="sum")
-            self.log_validation({"ensemble/correlation": correlation(sums)[None]})
+            found = correlation(self.trainer.strategy.reduce(products(scores), reduce_op="sum"))
+            self.log_validation({} if found is None else {"ensemble/correlation": found[None]})
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
@@ -110,10 +137,12 @@ class RewardEnsembleModule(RewardModule):
         return Scores(self.aggregator(members), members)
 
     def _by_member(self, scores: Tensor, batch: PreferenceBatch) -> LossOutput:
-        """Return the losses of [K, 2B] scores, [K B], and each member's accuracy."""
+        """Return the losses of [K, 2B] scores, [K B], and each member's accuracy over the pairs that can be graded."""
         members = len(scores)
         chosen, rejected = scores.reshape(members, 2, -1).unbind(1)
         output = self.pair_losses(chosen, rejected, batch)
-        accuracies = output.metrics["reward/accuracy"].view(members, -1)
-        own = {f"ensemble/accuracy/{k}": accuracy for k, accuracy in enumerate(accuracies)}
-        return LossOutput(output.loss, output.metrics | own)
+        labels = batch.label.repeat(chosen.numel() // len(batch.label)).view(members, -1)
+        wins = output.metrics["reward/accuracy"].view(members, -1)
+        right = [graded(won, label) for won, label in zip(wins, labels, strict=True)]
+        own = {f"ensemble/accuracy/{k}": accuracy for k, accuracy in enumerate(right)}
+        return LossOutput(output.loss, output.metrics | own | {"reward/accuracy": torch.cat(right)})

@@ -6,16 +6,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lightning import LightningModule, Trainer, seed_everything
+from lightning import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks import RewardDiagnostics
 from callbacks.reward_diagnostics import scalars
-from callbacks.reward_rows import PairRow, pair_rows, pairs_of
+from callbacks.reward_rows import PairRow, pairs_of, seen
+from callbacks.reward_rows import pair_rows as rows_of
 from lit_rlhf import plots, plots_reward, records
 from lit_rlhf.data import PreferenceData
+from lit_rlhf.functional.aggregation import WorstCase
 from lit_rlhf.functional.pair_stats import summarise
-from lit_rlhf.modules import RewardModule
+from lit_rlhf.models.backbone import LoRA
+from lit_rlhf.modules import RewardEnsembleModule, RewardModule
 from lit_rlhf.modules.optimizer import Optimizer
 from lit_rlhf.types import PreferenceBatch, Sampling, Scores, Sequences, Share, UserError
 
@@ -107,6 +110,61 @@ def test_the_numbers_are_those_of_the_scores(fitted):
     assert last["length_accuracy"]["value"] == pytest.approx(rule, abs=1e-12)
 
 
+def ensemble(path, **options):
+    lora = LoRA(r=2, alpha=4)
+    return RewardEnsembleModule(model_name_or_path=path, members=3, lora=lora, optimizer=Optimizer(lr=3e-2), **options)
+
+
+def test_an_ensembles_record_is_on_the_scale_of_its_own_validation(tmp_path, tiny_llama_path, data_file):
+    """The callback comes before the module's hook: every record still says what the module says once it is over.
+
+    Calibration is of the members' mean probability by raw scores, whatever makes the total.
+    """
+    seed_everything(0, verbose=False)
+    module = ensemble(tiny_llama_path, aggregator=WorstCase())
+    data = PreferenceData(
+        tokenizer=tiny_llama_path, train=data_file, validation=data_file, batch_size=8, streams=3, joiner=" "
+    )
+    given, found = rows(), []
+    prompts = [row["prompt"] for row in given]
+
+    class Told(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            both = [module.score(prompts, [r[k] for r in given]) for k in ("chosen", "rejected")]
+            margin = (both[0].members - both[1].members) * module.reward_model.score_std
+            brier = (1 - torch.sigmoid(margin.double()).mean(1)).square().mean().item()
+            found.append(((both[0].total - both[1].total).mean().item(), brier))
+
+    runner = trainer(tmp_path, RewardDiagnostics(), max_epochs=2)
+    runner.callbacks.append(Told())
+    runner.fit(module, data)
+    kept = records.read(tmp_path / "rm" / "version_0" / records.REWARD)
+    assert len(found) == len(kept) == 2
+    for record, (margin, brier) in zip(kept, found, strict=True):
+        assert record["margin"] == pytest.approx(margin, abs=1e-4)
+        assert record["brier"] == pytest.approx(brier, abs=1e-5)
+    assert found[0] != pytest.approx(found[1], abs=1e-2)
+    assert runner.callback_metrics["val/reward/accuracy"] == pytest.approx(kept[1]["accuracy"]["value"], abs=1e-6)
+
+
+def test_neither_validate_nor_test_moves_the_scale(fitted, tmp_path):
+    before = [buffer.clone() for buffer in fitted.module.buffers()]
+    scale = fitted.module.reward_model.score_mean.item(), fitted.module.reward_model.score_std.item()
+    fitted.module.reward_model.set_scale(3.0, 7.0)
+    try:
+        for stage in ("validate", "test"):
+            runner = trainer(tmp_path / stage, RewardDiagnostics())
+            getattr(runner, stage)(fitted.module, fitted.data, verbose=False)
+            prefix = {"validate": "val", "test": "test"}[stage]
+            assert {n for n in runner.callback_metrics if n.endswith("reward/std")} == {f"{prefix}/reward/std"}
+            assert fitted.module.reward_model.score_mean == 3
+            assert fitted.module.reward_model.score_std == 7
+    finally:
+        fitted.module.reward_model.set_scale(*scale)
+    for value, old in zip(fitted.module.buffers(), before, strict=True):
+        assert torch.equal(value, old)
+
+
 def test_validate_and_test_measure_too(fitted, tmp_path):
     callback = RewardDiagnostics()
     runner = trainer(tmp_path, callback)
@@ -125,7 +183,9 @@ def test_it_changes_nothing_in_training(tmp_path, tiny_llama_path, data_file):
     ends = []
     for callbacks in ([], [RewardDiagnostics(tiny_llama_path, 4, sampling=Sampling(max_new_tokens=4))]):
         seed_everything(1, verbose=False)
-        module = RewardModule(model_name_or_path=tiny_llama_path)
+        module = RewardModule(
+            model_name_or_path=tiny_llama_path, lora=LoRA(r=2, dropout=0.5), optimizer=Optimizer(lr=1e-2)
+        )
         data = PreferenceData(tokenizer=tiny_llama_path, train=data_file, validation=data_file, batch_size=8)
         runner = Trainer(
             accelerator="cpu", max_steps=4, val_check_interval=2, logger=False, callbacks=callbacks,
@@ -161,10 +221,16 @@ def test_a_bad_file_of_samples_is_told(fitted, tmp_path, content, message):
         trainer(tmp_path, RewardDiagnostics(str(tmp_path / "s.jsonl"))).validate(fitted.module, fitted.data)
 
 
-def test_resuming_drops_what_will_be_lived_again(tmp_path):
-    records.append(tmp_path / records.REWARD, [{"step": s} for s in (5, 10, 15)])
-    records.resume(tmp_path, 10)
-    assert [r["step"] for r in records.read(tmp_path / records.REWARD)] == [5, 10]
+def test_resuming_drops_what_will_be_lived_again(fitted, tmp_path):
+    """The run is taken up at step 10, its last; what a lost continuation wrote behind that goes."""
+    fitted.trainer.save_checkpoint(tmp_path / "it.ckpt")
+    file = tmp_path / "rm" / "version_0" / records.REWARD
+    file.parent.mkdir(parents=True)
+    records.append(file, [{"step": s, "lost": True} for s in (5, 10, 12, 15)])
+    module = RewardModule(model_name_or_path=fitted.module.model_name_or_path, optimizer=Optimizer(lr=3e-3))
+    runner = trainer(tmp_path, RewardDiagnostics(), max_epochs=3)
+    runner.fit(module, fitted.data, ckpt_path=tmp_path / "it.ckpt")
+    assert [(r["step"], r.get("lost")) for r in records.read(file)] == [(5, True), (10, True), (15, None)]
 
 
 def batch(index, categories=(), prompts=None):
@@ -183,14 +249,26 @@ def batch(index, categories=(), prompts=None):
     )
 
 
+def pair_rows(batch, scores):
+    return rows_of(seen(batch, {"scores": scores}))
+
+
 def test_rows_of_a_batch():
     found = pair_rows(batch([4, 2], ["x", None], prompts=[9, 9]), Scores(torch.tensor([1.0, 2.0, 3.0, 4.0])))
     assert [r._replace(prompt=0) for r in found] == [
-        PairRow(4, 0, 1, 3, 1, 1, 2, "x", ()), PairRow(2, 0, 2, 4, 1, 1, 2, None, ()),
+        PairRow(4, 0, 1, 1, 2, "x", 1, 3, -2, ()), PairRow(2, 0, 1, 1, 2, None, 2, 4, -2, ()),
     ]  # fmt: skip
     assert found[0].prompt == found[1].prompt
     other = pair_rows(batch([4, 2]), Scores(torch.zeros(4)))
     assert other[0].prompt != other[1].prompt
+
+
+def test_logits_of_a_step_count_in_place_of_margins_and_scores_may_come_later():
+    outputs = {"scores": lambda: Scores(torch.tensor([1.0, 2.0, 3.0, 4.0])), "logits": torch.tensor([0.5, -0.25])}
+    found = pairs_of(rows_of(seen(batch([4, 2]), outputs)), [], 1)
+    assert (found.margin.tolist(), found.logits.tolist()) == ([-2, -2], [-0.25, 0.5])  # by row
+    with pytest.raises(UserError, match=r"logits of shape \(1,\); expected one for each of 2 pairs"):
+        rows_of(seen(batch([4, 2]), outputs | {"logits": torch.zeros(1)}))
 
 
 def test_rows_that_a_sampler_repeated_count_once():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from lit_rlhf.errors import UserError
 from lit_rlhf.functional.pair_stats import Pairs, against_length, shift, summarise, usage
 
 
@@ -63,6 +64,35 @@ def test_swapping_maps_accuracy_a_to_1_minus_a():
     relabelled = summarise(replace(back, label=1 - back.label))
     for name in ("ece", "brier"):
         assert relabelled[name] == pytest.approx(a[name], abs=1e-12)
+
+
+def test_soft_labels_are_graded_by_their_majority_and_even_ones_not():
+    """Chosen, rejected, chosen, tied by label: of three graded pairs the first and the third are right, a has no other."""
+    there = replace(
+        pairs([2, 2, 0, 2], [1, 1, 1, 1], categories=["a", "b", "b", "c"]), label=np.array([0.6, 0.3, 0.2, 0.5])
+    )
+    found = summarise(there)
+    assert (found["accuracy"]["value"], found["accuracy"]["n"]) == (pytest.approx(2 / 3), 3)
+    assert {name: entry["accuracy"]["value"] for name, entry in found["categories"].items()} == {"a": 1, "b": 0.5}
+    assert found["length_accuracy"]["n"] == 3
+    p = 1 / (1 + np.exp(-1))
+    squared = [(p - 0.6) ** 2, (p - 0.3) ** 2, (1 - p - 0.2) ** 2, (p - 0.5) ** 2]
+    assert found["brier"] == pytest.approx(np.mean(squared), abs=1e-12)
+    with pytest.raises(UserError, match=r"all 4 pairs have label 0\.5"):
+        summarise(replace(there, label=np.full(4, 0.5)))
+
+
+def test_calibration_is_of_the_logits_and_accuracy_of_the_scores():
+    """Scores on another scale change neither ECE nor Brier, and logits no accuracy; without logits margins are these."""
+    there = random_pairs(4)
+    scaled = replace(there, chosen=5 * there.chosen, rejected=5 * there.rejected, logits=there.margin)
+    a, b, wrong = summarise(there), summarise(scaled), summarise(replace(scaled, logits=None))
+    for name in ("ece", "brier", "reliability", "accuracy"):
+        assert a[name] == b[name]
+    assert wrong["ece"] != a["ece"]
+    assert wrong["brier"] != a["brier"]
+    assert summarise(replace(there, logits=-there.margin))["accuracy"] == a["accuracy"]
+    assert b["categories"]["a"]["brier"] == a["categories"]["a"]["brier"]
 
 
 def test_the_order_of_the_rows_means_nothing():

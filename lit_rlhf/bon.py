@@ -14,6 +14,7 @@ from lit_rlhf.bon_curves import Selector, Standardise, check_selectors, write_cu
 from lit_rlhf.bon_store import Progress, new_folder, old_folder, resumable
 from lit_rlhf.bon_work import RESPONSES, PromptLine, Work
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.digest import weights_digest
 from lit_rlhf.specs import plain
 from lit_rlhf.types import Sampling, Scorer
 
@@ -36,6 +37,7 @@ def bon(  # noqa: PLR0913 - one argument for each key of the config
     gold: Scorer | None = None,
     seed: int = 0,
     batch_size: int = 256,
+    label: str | None = None,
     out: str = "runs/bon",
     resume: str | None = None,
 ) -> None:
@@ -57,6 +59,7 @@ def bon(  # noqa: PLR0913 - one argument for each key of the config
         gold: the believed reward; the built-in world's own for its prompts when left out.
         seed: of the samples: row (prompt, sample) has a generator of its own, whatever the batch.
         batch_size: responses drawn at once.
+        label: name of the run for people, before the selectors' own; tells runs apart in a report.
         out: folder for run folders.
         resume: run folder to continue, or "last" for the newest under `out`.
     """
@@ -71,7 +74,8 @@ def bon(  # noqa: PLR0913 - one argument for each key of the config
         "policy": policy, "prompts": prompts, "split": split, "n_prompts": n_prompts, "n_samples": n_samples,
         "ns": grid, "sampling": dict(vars(sampling)), "rewards": plain(scorers),
         "selectors": {label: {"reward": s.reward, "by": plain(s.by)} for label, s in chosen.items()},
-        "standardise": standardise, "gold": plain(gold), "seed": seed, "batch_size": batch_size, "out": out,
+        "standardise": standardise, "gold": plain(gold), "seed": seed, "batch_size": batch_size,
+        "label": label, "out": out,
     }  # fmt: skip
     judge = gold or _worlds_gold(prompts)
     with Progress("models loaded and tried", 1 + len(scorers)) as progress:
@@ -84,7 +88,7 @@ def bon(  # noqa: PLR0913 - one argument for each key of the config
     with resumable(folder):
         files = {Path(SCORES) / f"{name}.jsonl": scorer for name, scorer in scorers.items()}
         files |= {} if judge is None else {Path(GOLD): judge}
-        work = Work(folder, rows, n_samples, settings)
+        work = Work(folder, rows, n_samples, settings, weights_digest(module))
         for file, scorer in files.items():
             work.open(file, scorer)
         (folder / "config.yaml").write_text(_yaml(settings), encoding="utf-8")

@@ -24,6 +24,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.functional.aggregation import RewardAggregator
 from lit_rlhf.functional.best_of_n import Ranking, empirical_kl, kl_bound, prompt_intervals, win_shares
 from lit_rlhf.functional.probe_stats import clustered_mean, finite, standardised
+from lit_rlhf.report_parts import padded
 from lit_rlhf.specs import plain
 
 Floats = NDArray[np.float64]
@@ -188,11 +189,13 @@ def write_curves(
 
 
 def _about(label: str, selector: Selector, settings: Mapping[str, Any], samples: Samples) -> dict[str, Any]:
-    hashed = {name: settings[name] for name in ("n_samples", "sampling", "standardise")}
+    names = ("split", "n_samples", "ns", "sampling", "standardise", "gold")
+    hashed = {name: settings[name] for name in names}
     hashed |= {"reward": settings["rewards"][selector.reward], "by": plain(selector.by)}
     hashed["prompts"] = len(samples.prompts)
+    name = ", ".join(filter(None, (settings["label"], "best-of-n", label)))
     return {
-        "method": "bon", "label": f"best-of-n, {label}", "seed": settings["seed"],
+        "method": "bon", "label": name, "seed": settings["seed"],
         "config_hash": records.config_hash(hashed), **dict.fromkeys(_EMPTY),
         "n_prompts": len(samples.prompts), "n_samples": len(samples.prompts) * settings["n_samples"],
         "sampling": settings["sampling"],
@@ -285,8 +288,7 @@ def _show(folder: Path, summary: Mapping[str, Any]) -> None:
         for g, n in enumerate(summary["ns"]):
             cells = [_cell(of["gain"][g], of["gain_interval"][g]) for of in summary["labels"].values()]
             lines.append([str(n), f"{summary['kl_bound'][g]:.2f}", *cells])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        print("\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines))
+        print(padded(lines, left=0, ruled=False))
     print(f"\n{report.table_text([folder])}\n\nreport: python train.py report {folder}", flush=True)
 
 

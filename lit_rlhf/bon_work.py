@@ -15,10 +15,12 @@ from lit_rlhf.bon_curves import Columns, Floats
 from lit_rlhf.bon_store import Progress, Row, Stream
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional.sequence import row_generator
+from lit_rlhf.models.digest import model_digest
 from lit_rlhf.specs import plain
 from lit_rlhf.types import Prompt, Sampling, Scorer, Scores
 
 RESPONSES = "responses.jsonl"
+HARMLESS = ("batch_size", "device")  # of a scorer: they change rounding at most
 SCORED_AT_ONCE = 512  # rows handed to a scorer in one call, and lost at most by a kill
 
 
@@ -42,16 +44,20 @@ class Work:
         prompts: P prompts.
         n_samples: N.
         settings: the run's settings as plain data.
+        policy: names the policy's weights.
 
     Raises:
         UserError: the folder was made with other settings.
     """
 
-    def __init__(self, folder: Path, prompts: Sequence[PromptLine], n_samples: int, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, prompts: Sequence[PromptLine], n_samples: int, settings: dict[str, Any], policy: str
+    ) -> None:
         self.folder, self.prompts, self.n_samples, self.settings = folder, prompts, n_samples, settings
-        names = ("policy", "prompts", "split", "n_samples", "sampling", "seed")
+        names = ("prompts", "split", "n_samples", "sampling", "seed")
         texts = repr([line.prompt for line in prompts])
         made_by = {name: settings[name] for name in names} | {"n_prompts": len(prompts)}
+        made_by["hash of the policy's weights"] = policy
         made_by["hash of the prompts"] = sha256(texts.encode(errors="backslashreplace")).hexdigest()[:12]
         self.responses = Stream(folder / RESPONSES, made_by)
         self._files: dict[Path, Stream] = {}
@@ -87,9 +93,9 @@ class Work:
         """Open a file of scores.
 
         Raises:
-            UserError: it holds the scores of another scorer.
+            UserError: it holds the scores of another scorer, or of one with other weights.
         """
-        self._files[file] = Stream(self.folder / file, {"scorer": plain(scorer)})
+        self._files[file] = Stream(self.folder / file, source_of(scorer))
 
     def score(self, file: Path, scorer: Scorer, what: str) -> None:
         """Score the distinct responses that are not scored yet, into an open file.
@@ -151,6 +157,23 @@ class Work:
             known.setdefault(row["response"], row["sample_index"])
             done += 1
         return done, known
+
+
+def source_of(scorer: Any) -> dict[str, Any]:
+    """Return what scores depend on: the scorer's description without what says how fast, and the weights it names."""
+    paths: list[str] = []
+
+    def described(value: Any) -> Any:
+        if isinstance(value, list):
+            return [described(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if isinstance(value.get("path"), str):
+            paths.append(value["path"])
+        return {key: described(item) for key, item in value.items() if key not in HARMLESS}
+
+    found = described(plain(scorer))
+    return {"scorer": found, "hash of the weights": {path: model_digest(path) for path in paths}}
 
 
 def _score_rows(chunk: Sequence[Row], scores: Scores, what: str) -> list[Row]:

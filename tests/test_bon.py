@@ -338,6 +338,70 @@ def test_a_changed_config_is_not_resumed(run, tmp_path, capsys, changes, expecte
     assert expected in capsys.readouterr().err
 
 
+def scorer(path, **more):
+    return {"class_path": PROXY["class_path"], "init_args": {"path": str(path), "batch_size": 4} | more}
+
+
+def test_changed_weights_are_not_resumed_and_a_changed_batch_is(tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    from lit_rlhf.assets import resolve
+
+    shutil.copytree(resolve("builtin:proxy-0"), tmp_path / "rm")
+    small = {"n_prompts": 2, "n_samples": 2, "selectors": None}
+    assert bon(tmp_path, rewards={"rm": scorer(tmp_path / "rm")}, **small) == 0
+    before = (tmp_path / "version_0" / "scores" / "rm.jsonl").read_bytes()
+    assert bon(tmp_path, "--resume", "last", rewards={"rm": scorer(tmp_path / "rm", batch_size=2)}, **small) == 0
+    assert (tmp_path / "version_0" / "scores" / "rm.jsonl").read_bytes() == before
+    (file,) = (tmp_path / "rm").glob("*.safetensors")
+    weights = load_file(file)
+    weights["score.weight"] += 1
+    save_file(weights, file, {"format": "pt"})
+    capsys.readouterr()
+    assert bon(tmp_path, "--resume", "last", rewards={"rm": scorer(tmp_path / "rm")}, **small) == 2
+    assert "hash of the weights" in capsys.readouterr().err
+
+
+def test_another_policy_under_the_same_name_is_not_resumed(tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    from lit_rlhf.assets import resolve
+
+    shutil.copytree(resolve("builtin:policy"), tmp_path / "policy")
+    small = {"n_prompts": 2, "n_samples": 2, "policy": str(tmp_path / "policy")}
+    assert bon(tmp_path, **small) == 0
+    (file,) = (tmp_path / "policy").glob("*.safetensors")
+    weights = load_file(file)
+    save_file({name: value * 1.5 for name, value in weights.items()}, file, {"format": "pt"})
+    capsys.readouterr()
+    assert bon(tmp_path, "--resume", "last", **small) == 2
+    assert "hash of the policy's weights" in capsys.readouterr().err
+
+
+def test_labels_keep_runs_apart_and_a_new_run_never_writes_into_an_old_one(tmp_path):
+    small = {"n_prompts": 2, "n_samples": 2, "rewards": {"rm": PROXY}, "selectors": None}
+    assert bon(tmp_path, label="first", **small) == 0
+    before = {file: file.read_bytes() for file in (tmp_path / "version_0").rglob("*.jsonl")}
+    assert bon(tmp_path, label="second", **small) == 0
+    assert (tmp_path / "version_1" / "responses.jsonl").is_file()
+    assert before == {file: file.read_bytes() for file in (tmp_path / "version_0").rglob("*.jsonl")}
+    assert [m.label for m in report.load([tmp_path])] == ["first, best-of-n, rm", "second, best-of-n, rm"]
+    (only,) = (tmp_path / "version_0" / "curves").iterdir()
+    assert [(row["proxy_std"], row["proxy_members"]) for row in records.read_probe(only)] == [(None, None)] * 2
+
+
+def test_uncertainty_without_weight_is_the_mean_from_config_to_record(run, tmp_path):
+    shutil.copytree(run, tmp_path / "version_0")
+    kind = "lit_rlhf.functional.aggregation.UncertaintyWeighted"
+    by = {
+        name: {"class_path": kind, "init_args": {"coefficient": c}} for name, c in {"none": 0.0, "much": 50.0}.items()
+    }
+    selectors = {"mean": CONFIG["selectors"]["mean"]} | {name: {"reward": "two", "by": b} for name, b in by.items()}
+    assert bon(tmp_path, "--resume", "last", selectors=selectors) == 0
+    mean, none, much = ([row["gold"] for row in probes(tmp_path / "version_0", name)] for name in selectors)
+    assert none == mean != much
+
+
 def test_changed_prompts_are_not_resumed(tmp_path, capsys):
     data = tmp_path / "own.jsonl"
     for last in (4, 5):

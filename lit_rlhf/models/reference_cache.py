@@ -16,12 +16,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from lit_rlhf.assets import resolve
 from lit_rlhf.encoding import Encoder
-from lit_rlhf.models.loading import adapter_base
+from lit_rlhf.models.digest import model_digest
 from lit_rlhf.types import UserError
-
-HASHED = (".safetensors", ".bin", ".json", ".py")  # weights, configs, and code that comes with a model
 
 
 @dataclass(frozen=True)
@@ -117,7 +114,7 @@ def fingerprint(path: str, encoder: Encoder, data: str, **settings: Any) -> str:
         UserError: the model's files are nowhere on this machine.
     """
     parts = {
-        "model": _model_digest(path),
+        "model": model_digest(path),
         "tokenizer": _tokenizer_description(encoder.tokenizer),
         "stop_ids": list(encoder.stop_ids),
         "joiner": encoder.joiner,
@@ -136,30 +133,6 @@ def _tokenizer_description(tokenizer: Any) -> dict[str, Any]:
         rules.pop(state, None)
     special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
     return {"rules": rules, "special": special, "template": getattr(tokenizer, "chat_template", None)}
-
-
-def _model_digest(path: str) -> str:
-    folder = _folder(path)
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.suffix in HASHED:
-            digest.update(file.name.encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-    base = adapter_base(str(folder))
-    return digest.hexdigest() + ("" if base is None else _model_digest(base))
-
-
-def _folder(path: str) -> Path:
-    folder = Path(resolve(path))
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(path, local_files_only=True))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: its files are not on this machine, so no fingerprint can be taken") from error
 
 
 def _file(folder: str | Path, fingerprint: str) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ def label_pairs(
     """Return the pairs with `chosen` the one that `gold` scores higher, except in a share `noise` of them.
 
     Exactly round(noise x pairs) labels are flipped, drawn once from a generator of their own; every row keeps
-    `flipped` and both gold scores. Pairs with equal scores carry no preference and are left out. Where rows bring
-    `aspects`, a share `aspect_noise` of all that say 1 or -1 is flipped too, whatever the pair's own label.
+    `flipped` and both gold scores. Pairs with equal scores carry no preference and are left out. `aspects`, `votes`
+    and `scores` turn with the responses; a `margin`, which measured another label, is dropped. A share `aspect_noise`
+    of all aspects that say 1 or -1 is flipped too, whatever the pair's own label.
 
     Raises:
         UserError: a noise outside [0, 0.5].
@@ -37,20 +38,32 @@ def label_pairs(
     return labelled
 
 
+# what faces the other way when the responses change places
+_TURNED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "aspects": lambda found: {name: -value for name, value in found.items()},
+    "aspects_soft": lambda found: {name: 1 - value for name, value in found.items()},
+    "votes": lambda found: found | {"chosen": found["rejected"], "rejected": found["chosen"]},
+    "scores": lambda found: found | {"chosen": found["rejected"], "rejected": found["chosen"]},
+}
+
+
 def _labelled(row: dict[str, Any], first: float, second: float, *, flipped: bool) -> dict[str, Any]:
     swap = (second > first) != flipped
     chosen, rejected = (row["rejected"], row["chosen"]) if swap else (row["chosen"], row["rejected"])
     scores = (second, first) if swap else (first, second)
     labelled = row | {"chosen": chosen, "rejected": rejected, "flipped": flipped}
-    if swap and "aspects" in row:
-        labelled["aspects"] = {name: -value for name, value in row["aspects"].items()}
+    labelled.pop("margin", None)  # of another label, by how much it was better
+    if swap:
+        labelled |= {key: turn(row[key]) for key, turn in _TURNED.items() if row.get(key) is not None}
     return labelled | {"gold": {"chosen": scores[0], "rejected": scores[1]}}
 
 
 def _flip_aspects(rows: list[dict[str, Any]], noise: float, seed: int) -> None:
     """Flip exactly round(noise x labels) of the aspect labels, drawn from a generator apart from that of the pairs."""
-    places = [(i, name) for i, row in enumerate(rows) for name, value in row.get("aspects", {}).items() if value]
+    places = [(i, name) for i, row in enumerate(rows) for name, value in (row.get("aspects") or {}).items() if value]
     order = np.random.default_rng([seed, 1]).permutation(len(places))
     for place in order[: round(noise * len(places))]:
         i, name = places[place]
         rows[i]["aspects"] = rows[i]["aspects"] | {name: -rows[i]["aspects"][name]}
+        if rows[i].get("aspects_soft"):
+            rows[i]["aspects_soft"] = _against(rows[i]["aspects_soft"], (name,))

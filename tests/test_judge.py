@@ -484,6 +484,23 @@ def test_too_many_failures_stop_and_keep_what_was_answered(out):
     assert out.read_text() == "the old labels\n"
 
 
+def test_refused_questions_alone_stop_no_run_that_goes_on(out):
+    refusal = (400, {}, {"error": {"message": "too long"}})
+    rows = [pair(i) for i in range(8)]
+    with judge(lambda asked, number: louder(asked, number) if asked["prompt"] < "prompt 2" else refusal) as server:
+        for _ in range(2):  # the second run asks the refused ones alone
+            summary = label_aspects(rows, options(server, max_failures=3, concurrency=1), out)
+            assert summary["this_run"]["failed"] == 12
+    assert [("aspects" in row) for row in lines(out)] == [True] * 2 + [False] * 6
+
+
+def test_a_server_that_refuses_everything_stops_the_run(out):
+    with judge(lambda asked, number: (400, {}, {"error": {"message": "no such field"}})) as server:
+        with pytest.raises(UserError, match=r"3 questions in a row .* 400.*no such field"):
+            label_aspects([pair(i) for i in range(20)], options(server, max_failures=3, concurrency=1), out)
+        assert len(server.asked) == 3
+
+
 def test_failures_between_answers_do_not_stop(out):
     with judge(lambda asked, number: FAILURES["500"] if number % 3 else louder(asked, number)) as server:
         summary = label_aspects([pair(i) for i in range(6)], options(server, max_retries=0, max_failures=3), out)

@@ -45,3 +45,53 @@ def test_the_rows_given_stay_as_they_were_and_a_seed_decides_which_are_wrong():
 def test_a_share_above_a_half_is_refused_by_its_name(name):
     with pytest.raises(UserError, match=rf"^{name} must be in \[0, 0.5\].*0.6"):
         labelled(**{name: 0.6})
+
+
+def test_everything_that_faces_a_response_turns_with_it():
+    better, worse = World().preference_rows(1, split="test")[0], {}
+    row = better | {
+        "chosen": better["rejected"], "rejected": better["chosen"], "margin": 2.0, "aspects": {"warm": 1, "sure": 0},
+        "aspects_soft": {"warm": 0.75}, "votes": {"chosen": 4, "rejected": 1, "tie": 2},
+        "scores": {"chosen": {"warm": 5.0}, "rejected": {"warm": 2.0}},
+    }  # fmt: skip
+    (worse,) = label_pairs([row], WorldGold(), 0.0, 0)
+    assert worse["chosen"] == better["chosen"]
+    assert worse["aspects"] == {"warm": -1, "sure": 0}
+    assert worse["aspects_soft"] == {"warm": 0.25}
+    assert worse["votes"] == {"chosen": 1, "rejected": 4, "tie": 2}
+    assert worse["scores"] == {"chosen": {"warm": 2.0}, "rejected": {"warm": 5.0}}
+    assert "margin" not in worse
+    (same,) = label_pairs([worse | {"margin": 1.0}], WorldGold(), 0.0, 0)
+    assert {key: same[key] for key in ("aspects", "votes", "scores")} == {
+        key: worse[key] for key in ("aspects", "votes", "scores")
+    }
+
+
+def test_a_pair_that_turns_takes_its_votes_and_labels_along_and_loses_its_margin():
+    extra = {
+        "aspects": {"wit": 1, "calm": 0, "art": None},
+        "aspects_soft": {"wit": 0.75, "calm": 0.5, "art": None},
+        "votes": {"chosen": 3, "rejected": 1, "tie": 2},
+        "margin": 0.5,
+    }
+    (row,) = label_pairs(ROWS[:1], WorldGold(), 0.0, 0)
+    kept, turned = (
+        label_pairs([row | {"chosen": a, "rejected": b} | extra], WorldGold(), 0.0, 0)[0]
+        for a, b in ((row["chosen"], row["rejected"]), (row["rejected"], row["chosen"]))
+    )
+    assert {name: kept[name] for name in extra} == extra
+    assert (turned["chosen"], turned["gold"]) == (row["chosen"], row["gold"])
+    assert turned["aspects"] == {"wit": -1, "calm": 0, "art": None}
+    assert turned["aspects_soft"] == {"wit": 0.25, "calm": 0.5, "art": None}
+    assert turned["votes"] == {"chosen": 1, "rejected": 3, "tie": 2}
+    assert "margin" not in turned
+
+
+def test_a_wrong_aspect_is_wrong_in_its_soft_label_too():
+    rows = [row | {"aspects": {"wit": 1}, "aspects_soft": {"wit": 0.75, "calm": 0.625}} for row in ROWS[:1]]
+    right, wrong = (label_pairs(rows * 2, WorldGold(), 0.0, 0, aspect_noise=noise) for noise in (0.0, 0.5))
+    flipped = [a["aspects"] != b["aspects"] for a, b in zip(right, wrong, strict=True)]
+    assert sum(flipped) == 1
+    for a, b, turned in zip(right, wrong, flipped, strict=True):
+        expected = 1 - a["aspects_soft"]["wit"] if turned else a["aspects_soft"]["wit"]
+        assert b["aspects_soft"] == {"wit": expected, "calm": a["aspects_soft"]["calm"]}

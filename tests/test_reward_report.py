@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from lit_rlhf import evaluation, records, report, report_reward
 from lit_rlhf.errors import UserError
@@ -209,6 +210,7 @@ def test_predict_sums_up_an_ensemble_folder(tmp_path, monkeypatch, tiny_llama_pa
     monkeypatch.chdir(ROOT)
     module = RewardEnsembleModule(model_name_or_path=tiny_llama_path, members=2, mode="heads", seed=0)
     module.configure_model()
+    module.reward_model.set_scale(torch.tensor([0.5, -1.0]), torch.tensor([2.0, 3.0]))
     module.export(str(tmp_path / "ensemble"))
     rows = [{"prompt": "tell me", "chosen": f"the {word}", "rejected": "no", "subset": "x"} for word in ("cat", "dog")]
     data = tmp_path / "pairs.jsonl"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from lit_rlhf.data.batching import MicroBatch
 from lit_rlhf.data.preference import Pair
+from lit_rlhf.data.rows import PreferenceRow
 from lit_rlhf.encoding import Encoder
 from lit_rlhf.types import ExpertBatch
 
@@ -33,6 +34,28 @@ class Item:
     label: float = 1.0
     first: int = 0
     weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class RoutedRow(PreferenceRow):
+    """A pair whose category is a router's choice: good for training, and no measure of a router."""
+
+
+def point_items(number: int, row: PreferenceRow, points: Sequence[str], *, soft: bool) -> Iterator[Item]:
+    """Yield the comparisons of one pair at the points that it has labels for, the better response first.
+
+    Args:
+        number: of the pair.
+        row: the pair.
+        points: of its category, in order.
+        soft: take `aspects_soft` as labels where there are any; 1/2 is a label too.
+    """
+    for k, name in enumerate(points):
+        chance = row.aspects_soft.get(name) if soft else None
+        if chance is not None:
+            yield Item(number, k, max(chance, 1 - chance), first=int(chance < 0.5))
+        elif name in row.aspects:
+            yield Item(number, k, first=int(row.aspects[name] < 0))
 
 
 def collate_experts(
@@ -67,7 +90,7 @@ def collate_experts(
         index=torch.tensor([item.row for item in chosen]),
         aspects=aspects,
         questions=questions,
-        categories=tuple(pair.row.category for pair in rows),
+        categories=tuple(None if isinstance(pair.row, RoutedRow) else pair.row.category for pair in rows),
     )
 
 

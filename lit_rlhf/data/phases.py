@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar, Literal, cast
 
@@ -14,7 +14,7 @@ from lit_rlhf.data.categories import CategoryData
 from lit_rlhf.data.comparisons import HELD_OUT, Item, collate_experts, weighted
 from lit_rlhf.data.examples import Examples, SplitName
 from lit_rlhf.data.preference import Pair, without_difference
-from lit_rlhf.data.rows import PreferenceRow, Record, digest, preference_rows
+from lit_rlhf.data.rows import PreferenceRow, PromptRow, Record, digest, preference_rows
 from lit_rlhf.types import ExpertBatch, Prompt, UserError
 
 Phase = Literal["router", "task", "capability", "mixture"]
@@ -31,7 +31,8 @@ class PhaseData(DataModule[PreferenceRow, Any]):
     ("capability") come from `task_fraction` of them, phase 3 ("mixture") from the others, so that the mixture is
     fitted on prompts that its experts never saw. Point labels of validation and test prompts are never used.
 
-    Pairs without a listed category go to the module's router where it was given one, else they are left out, counted.
+    Training pairs without a listed category go to the module's router where it was given one; else, and held out, they
+    are left out, counted.
 
     Args:
         tokenizer: see `DataModule`, as for all other arguments.
@@ -42,7 +43,8 @@ class PhaseData(DataModule[PreferenceRow, Any]):
         epochs: passes by phase: router, task, capability, mixture; 0 skips a phase; those left out keep 1, 2, 1, 5.
         task_fraction: expected share of training prompts for phases 1 and 2, in (0, 1]; 0.6 in the paper.
         split_seed: of that split, apart from `seed`, so that phases run one by one agree on it.
-        soft_labels: take the share of `votes` for chosen as the label of a pair, ties half; 1 without votes.
+        soft_labels: take the share of `votes` for chosen as the label of a pair, ties half; 1 without votes. At a point
+            the label is that of `aspects_soft`; where there is none, `aspects` count as sure.
         options: see `DataModule`.
     """
 
@@ -113,7 +115,7 @@ class PhaseData(DataModule[PreferenceRow, Any]):
             raise UserError(f"points name {sorted(self._points)}; expected the categories {list(self.categories)}")
         found: dict[str, set[str]] = {category: set() for category in self.categories}
         for row in self._route_rows("train"):
-            found.get(row.category or "", set()).update(row.aspects)
+            found.get(row.category or "", set()).update(row.aspects, row.aspects_soft if self.soft_labels else ())
         if self._points is not None:
             return {category: tuple(self._points[category]) for category in self.categories}
         return {category: tuple(sorted(names)) for category, names in found.items()}
@@ -129,18 +131,23 @@ class PhaseData(DataModule[PreferenceRow, Any]):
         return unusable
 
     def examples(self, split: SplitName) -> Examples[PreferenceRow]:
-        """Return the encoded rows of a split, see `DataModule`; routed where they had no listed category."""
+        """Return the encoded rows of a split, see `DataModule`; of training, routed if they had no listed category."""
         if split not in self._examples:
             self._route_rows(split)
         return super().examples(split)
 
     def _route_rows(self, split: SplitName) -> list[PreferenceRow]:
-        """Give rows without a listed category the router's choice, once, and return all rows."""
+        """Give training rows without a listed category the router's choice, once, and return all rows.
+
+        Held-out ones are left out: a router that is measured on its own choices is always right.
+        """
         rows = self._split(split)
+        if split != "train":
+            return rows
         lost = [i for i, row in enumerate(rows) if row.category not in self.categories]
         if self._route is not None and lost:
             for i, category in zip(lost, self._route([rows[i].prompt for i in lost]), strict=True):
-                rows[i] = replace(rows[i], category=category)
+                rows[i] = RoutedRow(**vars(rows[i]) | {"category": category})
             self.routed += len(lost)
         return rows
 
@@ -170,11 +177,10 @@ class PhaseData(DataModule[PreferenceRow, Any]):
         found = {
             "task": [Item(i, -1, self._label(pair.row)) for i, pair in enumerate(pairs) if early[i]],
             "capability": [
-                Item(i, k, first=int(pair.row.aspects[name] < 0))
+                item
                 for i, pair in enumerate(pairs)
                 if early[i]
-                for k, name in enumerate(self.points[pair.row.category or ""])
-                if name in pair.row.aspects
+                for item in point_items(i, pair.row, self.points[pair.row.category or ""], soft=self.soft_labels)
             ],
             "mixture": [Item(i, -1, self._label(pair.row)) for i, pair in enumerate(pairs) if not early[i]],
         }
@@ -187,8 +193,8 @@ class PhaseData(DataModule[PreferenceRow, Any]):
 
     @cached_property
     def router_data(self) -> CategoryData:
-        """The prompts of the same sources, for the router's phase."""
-        return CategoryData(self.tokenizer, categories=list(self.categories), **self._options)
+        """The prompts of the same rows, for the router's phase."""
+        return _Questions(self, self.tokenizer, categories=list(self.categories), **self._options)
 
     def phase(self, epoch: int) -> Phase:
         """Return the phase of an epoch of the Trainer; the last one ever after."""
@@ -279,8 +285,43 @@ class PhaseData(DataModule[PreferenceRow, Any]):
         return ResumableLoader(planner, make, self.num_workers)
 
 
+class _Questions(CategoryData):
+    """The prompts of pairs that were read and split already, so that the router holds out the same ones."""
+
+    def __init__(self, rows: Callable[[SplitName], list[PromptRow]], tokenizer: str, **options: Any) -> None:
+        super().__init__(tokenizer, **options)
+        self._read_split = rows
+
+    def _split(self, split: SplitName) -> list[PromptRow]:
+        return self._read_split(split)
+
+
 _WANTED = {
     "task": "training prompts",
     "capability": "training pairs with `aspects`",
     "mixture": "task_fraction to leave some training prompts over",
 }
+
+
+class _Questions(CategoryData):
+    """The prompts of a `PhaseData`, so that a router never sees one that is held out there."""
+
+    def __init__(self, pairs: PhaseData, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._pairs = pairs
+
+    def _split(self, split: SplitName) -> list[PromptRow]:
+        if self.is_world:  # it has more prompts than the pairs, and its splits share none
+            return super()._split(split)
+        return [_Question(row.origin, row.prompt, row.category, row) for row in self._pairs._split(split)]  # noqa: SLF001 - one of its own
+
+
+@dataclass(frozen=True)
+class _Question(PromptRow):
+    """The prompt of a pair, in the pair's group."""
+
+    pair: PreferenceRow
+
+    @property
+    def group(self) -> str:
+        return self.pair.group

@@ -93,6 +93,7 @@ class PreferenceRow(Row):
         margin: by how much, in score units; 0 where the data say nothing.
         aspects: capability name to 1 (chosen is better) or -1 (rejected is better); ties and unknowns are left out.
         preference: share of votes for chosen, ties half; None without votes.
+        aspects_soft: capability name to the probability that chosen is better.
     """
 
     chosen: str
@@ -100,6 +101,7 @@ class PreferenceRow(Row):
     margin: float = 0.0
     aspects: Mapping[str, int] = field(default_factory=dict)
     preference: float | None = None
+    aspects_soft: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -175,6 +177,7 @@ def preference_rows(record: Record) -> list[PreferenceRow]:
             _margin(record),
             _aspects(record),
             _preference(record),
+            _aspects_soft(record),
         )
     ]
 
@@ -311,6 +314,15 @@ def _aspects(record: Record) -> dict[str, int]:
     if not isinstance(value, dict) or any(v not in (None, -1, 0, 1) for v in value.values()):
         raise record.wrong("aspects", "an object of names with 1, 0 or -1")
     return {str(name): int(v) for name, v in value.items() if v}
+
+
+def _aspects_soft(record: Record) -> dict[str, float]:
+    value = record.get("aspects_soft")
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(v is None or (_is_number(v) and 0 <= v <= 1) for v in value.values()):
+        raise record.wrong("aspects_soft", "an object of names with probabilities from 0 to 1")
+    return {str(name): float(v) for name, v in value.items() if v is not None}
 
 
 def _preference(record: Record) -> float | None:

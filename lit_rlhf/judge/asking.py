@@ -40,7 +40,7 @@ def ask(requests: Iterator[Request], options: JudgeOptions, keep: Callable[[str,
 
     Raises:
         UserError: nobody answers there, the key, the model or the address is wrong, or too many questions in a row
-            stay without an answer.
+            stay without an answer; refusals count while nothing was answered, in this run or before.
     """
     asker = Asker(options, keep, run)
     try:
@@ -49,6 +49,10 @@ def ask(requests: Iterator[Request], options: JudgeOptions, keep: Callable[[str,
         raise group.exceptions[0] from None
     finally:
         run.show()
+
+
+class _RefusedError(Exception):
+    """A question that the server will not take."""
 
 
 class Asker:
@@ -84,11 +88,15 @@ class Asker:
 
     async def _worker(self, client: AsyncOpenAI, requests: Iterator[Request]) -> None:
         for key, body in requests:
-            answer = await self._answer(client, body)
+            well = self.run.answered + self.run.before > 0  # a server that answers others means this question alone
+            try:
+                answer, failed = await self._answer(client, body), True
+            except _RefusedError:
+                answer, failed = None, not well
             if answer is not None:
                 self.keep(key, answer)
             self.run.count(answer)
-            self.in_a_row = self.in_a_row + 1 if answer is None else 0
+            self.in_a_row = 0 if answer is not None else self.in_a_row + failed
             if self.in_a_row >= self.options.max_failures:
                 raise UserError(
                     f"judge: {self.in_a_row} questions in a row stayed without an answer, the last one: "
@@ -96,7 +104,11 @@ class Asker:
                 )
 
     async def _answer(self, client: AsyncOpenAI, body: dict[str, Any]) -> Answer | None:
-        """Return the answer; None if there is none after all tries or the server refuses the question."""
+        """Return the answer; None if there is none after all tries.
+
+        Raises:
+            _RefusedError: the server refuses the question.
+        """
         from openai import APIStatusError, OpenAIError
 
         for attempt in range(self.options.max_retries + 1):
@@ -108,7 +120,7 @@ class Asker:
                 trouble, after = self._shown(error), retry_after(error.response.headers.get("retry-after"))
                 if not self._worth(error, trouble, plain=plain):
                     self.run.trouble = trouble
-                    return None
+                    raise _RefusedError from None
             except OpenAIError as error:
                 trouble = self._hidden(f"{error} {error.__cause__ or ''}".strip())
                 if not self.run.answered and unreachable(error):

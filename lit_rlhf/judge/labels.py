@@ -40,7 +40,8 @@ def label_aspects(rows: Sequence[Row], options: JudgeOptions, out: str | Path) -
     cases = list(_cases(rows, options))
     wanted = {key for case in cases for key in case.keys}
     with AnswerFile(Path(options.cache) if options.cache else beside(out, ".answers.jsonl")) as answers:
-        run = Progress(options, sum(key not in answers for key in wanted))
+        missing = sum(key not in answers for key in wanted)
+        run = Progress(options, missing, before=len(wanted) - missing)
         print(f"judge: {len(wanted)} questions, {len(wanted) - run.total} of them answered before ({answers.path})")
         if run.total:
             ask(_open(cases, rows, options, answers), options, answers.add, run)

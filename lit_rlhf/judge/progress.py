@@ -18,11 +18,13 @@ class Progress:
     Args:
         options: for the prices.
         total: questions to ask.
+        before: questions answered in earlier runs.
         seconds: between two lines.
     """
 
     options: JudgeOptions
     total: int
+    before: int = 0
     seconds: float = 5.0
     answered: int = 0
     failed: int = 0

@@ -10,6 +10,7 @@ import torch
 from conftest import WORDS, word_tokenizer
 
 from lit_rlhf.data import CategoryData, PhaseData
+from lit_rlhf.data.batching import StepPlanner
 from lit_rlhf.types import UserError
 
 
@@ -59,6 +60,11 @@ def prompts(data, phase):
     return {items[item.row].row.prompt for item in data.items[phase]}
 
 
+def asked(data, split="train"):
+    """The prompts of the router's phase, or those that it is measured on."""
+    return {item.row.prompt for item in data.router_data.examples(split).items}
+
+
 def test_the_phases_see_disjoint_prompts_and_none_that_is_held_out(word, write):
     data = make(word, write(rows()))
     held_out = {item.row.prompt for item in data.examples("validation").items}
@@ -68,6 +74,8 @@ def test_the_phases_see_disjoint_prompts_and_none_that_is_held_out(word, write):
     assert capability <= task
     assert mixture.isdisjoint(task)
     assert held_out.isdisjoint(task | mixture)
+    assert asked(data) == task | mixture
+    assert asked(data, "validation") == held_out
     assert 0.4 < len(task) / len(task | mixture) < 0.8  # 0.6 of some 48 prompts
 
 
@@ -86,8 +94,34 @@ def test_prompts_of_given_validation_and_test_files_are_never_trained_on(word, w
     data = make(word, write(found), validation=write(found[:20], "val.jsonl"), test=write(found[20:40], "test.jsonl"))
     held_out = {row["prompt"] for row in found[:40]}
     assert held_out.isdisjoint(prompts(data, "task") | prompts(data, "capability") | prompts(data, "mixture"))
+    questions = {item.row.prompt for item in data.router_data.examples("train").items}
+    assert questions == prompts(data, "task") | prompts(data, "mixture")
+    assert {item.row.prompt for item in data.router_data.examples("validation").items} <= held_out
     assert data.overlap == 40
     assert "40 training rows left out" in "\n".join(data.report())
+
+
+def test_a_prompt_as_text_is_held_out_as_messages_too(word, write):
+    """The router's own reading of the rows would tell them apart: messages inside the answers leave no prompt."""
+    turns = [{"role": "user", "content": "who ran"}]
+    answers = {
+        name: [*turns, {"role": "assistant", "content": text}]
+        for name, text in (("chosen", "the cat"), ("rejected", "no"))
+    }
+    inside = {"prompt": "who ran", "category": "ask"} | answers
+    whole = {"prompt": turns, "chosen": "the cat", "rejected": "no", "category": "ask"}
+    path = write([*rows(), inside])
+    data = make(word, path, validation=write([whole, *rows(60)[1:2]], "val.jsonl"))
+    assert not any("ran" in str(prompt) and "who" in str(prompt) for prompt in asked(data) if isinstance(prompt, list))
+    assert all(isinstance(prompt, str) and prompt != "who ran" for prompt in asked(data))
+
+
+def test_the_worlds_router_has_prompts_of_its_own_and_shares_none_with_the_held_out_pairs():
+    data = PhaseData(limit=200)
+    data.setup("fit")
+    held_out = {item.row.prompt for item in data.examples("validation").items}
+    assert len(asked(data)) == 200
+    assert held_out.isdisjoint(asked(data))
 
 
 def test_point_labels_come_from_the_aspects_with_their_sign(word, write):
@@ -100,6 +134,31 @@ def test_point_labels_come_from_the_aspects_with_their_sign(word, write):
         assert item.label == 1.0
     expected = sum(len(items[item.row].row.aspects) for item in data.items["task"])
     assert len(data.items["capability"]) == expected
+
+
+def test_soft_labels_of_the_points_are_read_where_asked_for(word, write):
+    found = [row | {"aspects": {"wit": 1, "calm": -1}, "category": "ask"} for row in rows(pairs=1)]
+    soft = {"wit": 0.25, "art": 0.5, "calm": None}
+    path = write([row | {"aspects_soft": soft} for row in found] + rows())
+    options = {"epochs": {"mixture": 0}, "task_fraction": 1.0, "validation_fraction": 0.0, "categories": ["ask"]}
+    data = make(word, path, soft_labels=True, **options)
+    assert data.points == {"ask": ("art", "calm", "wit")}
+    labels = {(item.point, item.first, item.label) for item in data.items["capability"] if item.row < len(found)}
+    assert labels == {(0, 0, 0.5), (1, 1, 1.0), (2, 1, 0.75)}  # `wit`: 0.25 for chosen is 0.75 for rejected
+    batch = next(iter(data._loader("capability")))
+    items = data.items["capability"]
+    assert set(batch.label.tolist()) <= {0.5, 0.75, 1.0}
+    assert len({item.label for item in items}) == 3
+    hard = make(word, path, **options)
+    assert hard.points == {"ask": ("calm", "wit")}
+    assert {item.label for item in hard.items["capability"]} == {1.0}
+
+
+@pytest.mark.parametrize("value", [["wit"], {"wit": 1.5}, {"wit": -0.1}, {"wit": "half"}, {"wit": True}])
+def test_soft_labels_that_are_no_probabilities_are_refused(word, write, value):
+    path = write([row | {"aspects_soft": value} for row in rows()])
+    with pytest.raises(UserError, match=r"rows.jsonl:1: `aspects_soft` is .*probabilities from 0 to 1"):
+        make(word, path)
 
 
 def test_each_prompt_weighs_one_at_each_point(word, write):
@@ -177,6 +236,11 @@ def test_rows_without_a_listed_category_are_dropped_and_counted_or_routed(word, 
     assert routed.routed == 2
     assert routed.examples("train").dropped.total() == 0
     assert [routed.examples("train").items[i].row.category for i in (0, 4, 1)] == ["tell", "tell", "ask"]
+    batch = routed.batch_maker([routed.examples("train").items[i] for i in (0, 4, 1)])(
+        next(StepPlanner([1, 1, 1], batch_size=3, training=False).epoch(0))
+    )
+    assert batch.category.tolist() == [1, 1, 0]
+    assert batch.categories == (None, None, "ask")  # nobody but the router said so
 
 
 def test_one_category_for_all_is_a_switch(word, write):

@@ -67,7 +67,7 @@ def test_swapping_maps_accuracy_a_to_1_minus_a():
 
 
 def test_soft_labels_are_graded_by_their_majority_and_even_ones_not():
-    """Chosen, rejected, chosen, tied by label: of three graded pairs the first and the third are right, a has no other."""
+    """Chosen, rejected, chosen, tied by label: of three graded pairs the first and the third are right."""
     there = replace(
         pairs([2, 2, 0, 2], [1, 1, 1, 1], categories=["a", "b", "b", "c"]), label=np.array([0.6, 0.3, 0.2, 0.5])
     )
@@ -83,7 +83,7 @@ def test_soft_labels_are_graded_by_their_majority_and_even_ones_not():
 
 
 def test_calibration_is_of_the_logits_and_accuracy_of_the_scores():
-    """Scores on another scale change neither ECE nor Brier, and logits no accuracy; without logits margins are these."""
+    """Scores on another scale change neither ECE nor Brier, and logits no accuracy; margins stand in for logits."""
     there = random_pairs(4)
     scaled = replace(there, chosen=5 * there.chosen, rejected=5 * there.rejected, logits=there.margin)
     a, b, wrong = summarise(there), summarise(scaled), summarise(replace(scaled, logits=None))

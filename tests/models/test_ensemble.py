@@ -92,6 +92,37 @@ def test_padding_changes_no_score(path, mode):
         torch.testing.assert_close(model(padded(ROWS, left=left, pad=17)), alone, rtol=0, atol=1e-5)
 
 
+def gradients(model: RewardEnsemble, member: int) -> list[torch.Tensor]:
+    """Copies of one member's gradients, by where each mode keeps them."""
+    layers = [layer for body in model.bodies for layer in body.expert_layers.values()]
+    found = [p.grad[member] for layer in layers for p in (layer.A, layer.B)]
+    found += [p.grad for p in model.heads.each[member].parameters()]
+    found += [p.grad for p in model.bodies[member].parameters()] if model.mode == "full" else []
+    return [gradient.clone() for gradient in found]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_members_gradient_is_clipped_as_it_would_be_alone(tiny_llama_path, mode):
+    """Member 1 spikes; members 0 and 2, below and above the limit, are clipped as torch clips each alone."""
+    model = trained(tiny_llama_path, mode)
+    model.zero_grad()
+    weights = torch.tensor([1e-3, 1e3, 1.0])[:, None]
+    (model.forward_grouped(own_rows(K)) * weights).sum().backward()
+    before = [gradients(model, member) for member in range(K)]
+    norms = [torch.cat([g.flatten() for g in own]).norm() for own in before]
+    limit = float(norms[2]) / 2
+    assert norms[0] < limit < norms[2] < norms[1] / 10
+    found = model.clip_gradients(limit)
+    torch.testing.assert_close(found, torch.stack(norms))
+    for member, own in enumerate(before):
+        alone = [torch.nn.Parameter(torch.zeros_like(g)) for g in own]
+        for parameter, gradient in zip(alone, own, strict=True):
+            parameter.grad = gradient.clone()
+        torch.nn.utils.clip_grad_norm_(alone, limit)
+        for parameter, clipped in zip(alone, gradients(model, member), strict=True):
+            torch.testing.assert_close(clipped, parameter.grad, rtol=1e-5, atol=0)
+
+
 # -- folders ---------------------------------------------------------------------------------------------------------
 
 
@@ -204,6 +235,43 @@ def test_members_are_combined_on_one_scale_unless_raw(folder):
     torch.testing.assert_close(scaled, expected)
     normalised = HFRewardModel(f"{folder}/member-2", normalise=True).score(PROMPTS, RESPONSES).total
     torch.testing.assert_close(scaled[:, 2], normalised, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_scores_without_a_scale_are_standardised_by_nobody(tiny_llama_path, mode, old, tmp_folder):
+    """Also where a folder of an earlier version says 0 and 1 of what was never measured."""
+    model = trained(tiny_llama_path, mode)
+    model.export(tmp_folder, tokenizer_of(tiny_llama_path))
+    described = [tmp_folder / f"member-{k}" / ("score.json" if mode == "lora" else "config.json") for k in range(K)]
+    for file in described:
+        content = json.loads(file.read_text())
+        assert "score_std" not in content
+        if old:
+            file.write_text(json.dumps(content | {"score_mean": 0.0, "score_std": 1.0}))
+    folder = str(tmp_folder)
+    raw = EnsembleRewardModel(folder, raw=True).score(PROMPTS, RESPONSES).members
+    with pytest.raises(UserError, match=r"members \[0, 1, 2\] of 3 keep no mean .* expected such a fit, or raw: true"):
+        EnsembleRewardModel(folder).score(PROMPTS, RESPONSES)
+    single = HFRewardModel(f"{folder}/member-1").score(PROMPTS, RESPONSES).total
+    torch.testing.assert_close(single, raw[:, 1], rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match=r"member-1 keeps no mean .* expected such a model, or normalise: false"):
+        HFRewardModel(f"{folder}/member-1", normalise=True).score(PROMPTS, RESPONSES)
+
+
+def test_the_shipped_reward_models_keep_a_scale():
+    for number in range(5):
+        HFRewardModel(f"builtin:proxy-{number}", normalise=True).score(PROMPTS, RESPONSES)
+
+
+def test_a_scale_is_a_number_and_a_positive_spread(tiny_llama_path):
+    model = new_ensemble(tiny_llama_path, options("heads"), 2, "heads")
+    for mean, std in (([0.0, 0.0], [1.0, 0.0]), ([0.0, torch.inf], [1.0, 1.0]), ([0.0, torch.nan], [1.0, 1.0])):
+        with pytest.raises(UserError, match="means must be finite and stds positive"):
+            model.set_scale(torch.tensor(mean), torch.tensor(std))
+    model.set_scale(torch.tensor([2.0, torch.nan]), torch.tensor([3.0, torch.nan]))
+    with pytest.raises(UserError, match=r"members \[1\] of 2 keep no mean"):
+        model.standardise(torch.zeros(1, 2))
 
 
 def test_offsets_between_members_are_no_disagreement(tiny_llama_path, tmp_folder):

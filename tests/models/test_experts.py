@@ -73,7 +73,10 @@ def test_one_batched_pass_equals_a_peft_pass_for_each_expert(path):
             adapter = model.classifier.base_model.get_submodule(name)
             for ours, theirs in ((layer.A, adapter.lora_A), (layer.B, adapter.lora_B)):
                 gradient = theirs["default"].weight.grad.T
-                torch.testing.assert_close(ours.grad[slot], gradient, rtol=1e-4, atol=1e-5, msg=name)
+                largest = gradient.abs().max()
+                assert largest > 0, name
+                # float32 sums in another order: rounding is of the matrix's size, not of the entry's
+                assert (ours.grad[slot] - gradient).abs().max() < 1e-5 * largest, name
 
 
 def test_rows_may_use_sums_of_experts_each_its_own(path):
@@ -222,7 +225,7 @@ def test_experts_on_an_adapter_folder_are_written_whole(tiny_llama_path, tmp_pat
 
 def test_written_experts_are_read_back_as_they_were(path, tmp_path):
     body = moved(path)
-    items = [ExpertFolder(tmp_path / f"e{s}", body.new_head(s), (s,), float(s), 1.0 + s) for s in range(E)]
+    items = [ExpertFolder(tmp_path / f"e{s}", body.new_head(s), (s,), float(s), 0.5 + s) for s in range(E)]
     write_experts(body, items, tokenizer_of(path))
     again, found = read_experts([item.folder for item in items], ModelOptions())
     batch = repeated(padded(ROWS), E)

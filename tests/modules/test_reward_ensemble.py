@@ -1,6 +1,8 @@
 """Training an ensemble: members as alone, one run, exact resumes, a scale for each, and what is logged."""
 
+import json
 import math
+from itertools import cycle
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from lit_rlhf.models.backbone import LoRA
 from lit_rlhf.models.reward import load as load_scorer
 from lit_rlhf.modules import PreferenceModule, RewardEnsembleModule, RewardModule
 from lit_rlhf.modules.optimizer import Optimizer
+from lit_rlhf.modules.reward import graded
 from lit_rlhf.types import UserError
 from tests.modules.test_modules import FAST, Kill, Losses, fit, state
 
@@ -39,11 +42,12 @@ def prepared(data):
     return data
 
 
+@pytest.mark.parametrize("clip", [None, 0.3])  # norms are 0.5 to 2 here
 @pytest.mark.parametrize("mode", ["lora", "full", "heads"])
-def test_a_member_trains_in_company_as_it_trains_alone(mode):
+def test_a_member_trains_in_company_as_it_trains_alone(mode, clip):
     together, alone = ensemble(mode=mode), ensemble([2], mode)
-    fit(together, pairs())
-    fit(alone, pairs([2]))
+    fit(together, pairs(), gradient_clip_val=clip)
+    fit(alone, pairs([2]), gradient_clip_val=clip)
     torch.testing.assert_close(scores(together)[:, 2:], scores(alone), rtol=0, atol=1e-5)
     assert (scores(together)[:, 2] - scores(together)[:, 1]).abs().max() > 1e-3
 
@@ -182,6 +186,66 @@ def test_one_member_has_no_disagreement_to_log():
     assert "val/ensemble/correlation" not in metrics
 
 
+def voted(path, votes):
+    """Write held-out pairs with votes for chosen and rejected, by turns, and return them."""
+    lines = [
+        {"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected}
+        | {"votes": {"chosen": vote[0], "rejected": vote[1], "tie": 0}}
+        for r, vote in zip((item.row for item in prepared(pairs()).examples("validation").items), cycle(votes))
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
+def test_soft_labels_are_graded_by_their_majority():
+    wins = torch.tensor([1.0, 1.0, 0.0, 0.5, 1.0, 0.0])
+    label = torch.tensor([0.6, 0.4, 0.1, 0.9, 0.5, 0.5])
+    assert graded(wins, label).tolist() == [1, 0, 1, 0.5]
+    torch.testing.assert_close(graded(1 - wins, 1 - label), graded(wins, label))
+
+
+@pytest.mark.parametrize("kind", [RewardModule, ensemble])
+def test_accuracies_agree_with_soft_labels(kind, tmp_path):
+    """Votes against half of the pairs: a mirrored row is right where the row itself is; even votes count nowhere."""
+    lines = voted(tmp_path / "v.jsonl", [(3, 1), (1, 3), (2, 2)])
+    module = kind(optimizer=FAST)
+    streams = 1 if kind is RewardModule else 3
+    data = pairs(streams, validation=str(tmp_path / "v.jsonl"), soft_labels=True)
+    metrics = fit_and_validate(module, data, steps=2).callback_metrics
+    prompts, chosen, rejected = ([line[k] for line in lines] for k in ("prompt", "chosen", "rejected"))
+    module.eval()
+    wins = (module.score(prompts, chosen).total > module.score(prompts, rejected).total).float()
+    right = [w if k % 3 == 0 else 1 - w for k, w in enumerate(wins.tolist()) if k % 3 < 2]
+    assert 0 < sum(right) < len(right)
+    assert metrics["val/reward/accuracy"] == pytest.approx(sum(right) / len(right))
+
+
+def test_a_collapsed_member_has_no_scale_and_no_correlation():
+    """A head of zeros scores all alike. Raw scores go on without it; on one scale there is no such member."""
+    module = ensemble(mode="heads", raw=True, optimizer=Optimizer(name="sgd", lr=1e-30))
+    module.configure_model()
+    torch.nn.init.zeros_(module.reward_model.heads.each[1].weight)
+    with pytest.warns(UserWarning, match=r"scored alike by members \[1\]; no scale"):
+        metrics = fit_and_validate(module, pairs(), steps=1).callback_metrics
+    assert module.reward_model.score_std.isfinite().tolist() == [True, False, True]
+    assert "val/ensemble/accuracy/1" in metrics
+    assert not {"val/ensemble/correlation", "val/ensemble/std", "val/ensemble/min_member/0"} & metrics.keys()
+    assert all(value.isfinite() for value in metrics.values())
+    module.raw = False
+    with pytest.warns(UserWarning, match="scored alike"), pytest.raises(UserError, match=r"members \[1\] of 3 keep no"):
+        fit_and_validate(module, pairs(), steps=1)
+
+
+def test_standardised_scores_are_asked_of_a_measured_scale_alone():
+    module = ensemble(mode="heads")
+    fit(module, pairs(), steps=1)  # no validation
+    with pytest.raises(UserError, match="a `fit` measures them in its validation"):
+        module.score(["the cat"], ["sat"])
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    with pytest.raises(UserError, match="a `fit` measures them in its validation"):
+        trainer.validate(module, pairs(), verbose=False)
+
+
 # -- in and out ------------------------------------------------------------------------------------------------------
 
 
@@ -227,15 +291,24 @@ def test_zero_weight_of_uncertainty_is_kept_as_zero(tmp_path):
     assert load(str(tmp_path / "it.ckpt")).aggregator == UncertaintyWeighted(coefficient=0.0)
 
 
-def test_members_share_their_rows_and_labels():
-    """Data order is all that differs: over an epoch each member meets the same pairs with the same labels."""
-    batches = list(prepared(pairs()).train_dataloader())
+def test_members_share_their_rows_and_labels(tmp_path):
+    """Data order is all that differs: over an epoch each member meets the same pairs with the same labels, once."""
+    lines = voted(tmp_path / "v.jsonl", [(k, 50 - k) for k in range(50)])
+    data = prepared(pairs(train=str(tmp_path / "v.jsonl"), soft_labels=True))
+    items = data.examples("train").items
+    expected = [(item.encoded[0].ids, item.encoded[1].ids, item.row.preference) for item in items]
     seen = [[], [], []]
-    for batch in batches:
-        for k, (index, label) in enumerate(zip(batch.index.chunk(3), batch.label.chunk(3), strict=True)):
-            seen[k] += zip(index.tolist(), label.tolist(), strict=True)
-    assert sorted(seen[0]) == sorted(seen[1]) == sorted(seen[2])
-    assert seen[0] != seen[1] != seen[2]
+    for batch in data.train_dataloader():
+        ids, mask = batch.sequences.ids, batch.sequences.attention_mask
+        rows = [tuple(row[real].tolist()) for row, real in zip(ids, mask, strict=True)]
+        size = len(rows) // 6
+        for k, labels in enumerate(batch.label.chunk(3)):
+            chosen, rejected = rows[2 * k * size : (2 * k + 1) * size], rows[(2 * k + 1) * size : (2 * k + 2) * size]
+            seen[k] += zip(chosen, rejected, labels.tolist(), strict=True)
+    assert len({label for *_, label in expected}) == len(expected) <= len(lines)
+    every = sorted((tuple(a), tuple(b), pytest.approx(label)) for a, b, label in expected)
+    assert all(sorted(own) == every for own in seen)
+    assert len({tuple(own) for own in seen}) == 3
 
 
 @pytest.mark.parametrize(

@@ -94,10 +94,12 @@ class MultiplierControl(ABC):
 
     Attributes:
         memory_size: M.
+        reads_error: whether `step` wants the constraints' bare errors, or their gradient.
         bound: multipliers stay within +-bound; far out, a squashed weight hardly moves and is slow to come back.
     """
 
     memory_size: ClassVar[int]
+    reads_error: ClassVar[bool] = False
     bound: float
 
     def step(self, multipliers: Tensor, memory: Tensor, ascent: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +108,7 @@ class MultiplierControl(ABC):
         Args:
             multipliers: [C], before squashing.
             memory: [C, M], zeros before the first update.
-            ascent: [C], from `multiplier_gradient`: positive moves the multiplier up.
+            ascent: [C], from `multiplier_gradient`, or errors where `reads_error`: positive moves the multiplier up.
         """
         moved, memory = self.move(multipliers, memory, ascent)
         return moved.clamp(-self.bound, self.bound), memory
@@ -159,22 +161,23 @@ class MomentumSGD(MultiplierControl):
 class PID(MultiplierControl):
     """Proportional, integral and derivative control; the first and the last damp oscillation.
 
-    mu_n = mu_0 + kp g_n + ki sum_{j <= n} g_j + kd (g_n - g_{n-1}),   g = ascent, 0 before the first
+    mu_n = mu_0 + kp e_n + ki sum_{j <= n} e_j + kd (e_n - e_{n-1}),   e = error, 0 before the first
 
-    Source: Stooke et al. 2020, arXiv:2007.03964, algorithm 2.
+    Source: Stooke et al. 2020, arXiv:2007.03964, algorithm 2. The errors are bare, without the slope of the squash: with
+    it a multiplier that moves out would lessen its own push, and swing back though the violation stays.
 
-    Departures: g is the error times the slope of the squash, where the paper has the bare error; a multiplier may be
-    negative, so nothing is projected; and each step adds the change of the sum above to the bounded multiplier, so that
-    the integral does not wind up at the bound.
+    Departures: a multiplier may be negative, so nothing is projected; and each step adds the change of the sum above to
+    the bounded multiplier, so that the integral does not wind up at the bound.
 
     Args:
         kp: >= 0.
-        ki: >= 0; alone it is gradient ascent with that step.
+        ki: >= 0; alone it is ascent along the errors with that step.
         kd: >= 0.
         bound: of every multiplier; > 0.
     """
 
-    memory_size: ClassVar[int] = 2  # the last two ascents
+    memory_size: ClassVar[int] = 2  # the last two errors
+    reads_error: ClassVar[bool] = True
     kp: float = 0.1
     ki: float = 0.1
     kd: float = 0.0

@@ -59,7 +59,8 @@ class Critic(nn.Module):
             policy.add_adapter(CRITIC, options.lora, trainable=True)
         width = policy.causal_lm.get_output_embeddings().weight.shape[1] if self.body is None else self.body.width
         self.heads = nn.Linear(width, streams, dtype=torch.float32)
-        nn.init.normal_(self.heads.weight, std=(width + 1) ** -0.5)
+        # zero values at first: those of new weights would be noise, which standardising makes as loud as any signal
+        nn.init.zeros_(self.heads.weight)
         nn.init.zeros_(self.heads.bias)
 
     def forward(self, sequences: Sequences) -> Tensor:

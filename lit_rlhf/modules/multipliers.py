@@ -132,7 +132,7 @@ class Multipliers(Kept):
     def update(self, values: Mapping[str, float]) -> None:
         """Step every multiplier up where its constraint is violated, and down where it has room.
 
-        d multiplier = control of weight'(multiplier) x error,    error = sign x (threshold - value)
+        d multiplier = control of weight'(multiplier) x error, or of the error,    error = sign x (threshold - value)
 
         Args:
             values: each constraint's mean over the episodes of all processes, in the run's units.
@@ -140,8 +140,11 @@ class Multipliers(Kept):
         if not self.constraints:
             return
         kinds = list(self.constraints.values())
-        multipliers = self._column("multiplier")
-        ascent = multiplier_gradient(kinds, multipliers, [values[c.name] for c in kinds], self.dual.form)
+        multipliers, found = self._column("multiplier"), [values[c.name] for c in kinds]
+        if self.control.reads_error:
+            ascent = multipliers.new_tensor([c.error(value) for c, value in zip(kinds, found, strict=True)])
+        else:
+            ascent = multiplier_gradient(kinds, multipliers, found, self.dual.form)
         memory = torch.stack([self._get(name, "memory") for name in self.constraints])
         multipliers, memory = self.control.step(multipliers, memory, ascent)
         self.steps += 1

@@ -108,6 +108,11 @@ class PPOModule(OnPolicyModule):
         for constraint in constraints:
             if constraint.name not in (*names, KL):
                 raise UserError(f"a constraint names {constraint.name!r}; expected one of {', '.join((*names, KL))}")
+        if self.options.lora is not None and self.options.lora.dropout > 0:
+            raise UserError(
+                f"lora.dropout must be 0 in PPO, got {self.options.lora.dropout}: the policy that learns would not be"
+                " the one that sampled"
+            )
         if isinstance(self.objective, NegativeKL) and not self.kl.coefficient > 0:
             raise UserError("objective NegativeKL needs kl.coefficient > 0: there is nothing else in the task")
         if self.clip_scores is not None and not self.clip_scores > 0:
@@ -153,10 +158,9 @@ class PPOModule(OnPolicyModule):
         return int(self.progress.examples)
 
     def configure_optimizers(self) -> Any:
-        """Return one optimizer with a group for the policy and one for the critic, and a schedule over the updates."""
+        """Return one optimizer with a group for the policy and one for the critic, and a schedule over its steps."""
         optimizer = self.optimizer_options.build(self.parameter_groups())
-        updates = -(-planned_steps(self.trainer) // self.ppo.steps)
-        return [optimizer], [self.optimizer_options.schedule_for(optimizer, updates)]
+        return [optimizer], [self.optimizer_options.schedule_for(optimizer, planned_steps(self.trainer))]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the trainable parameters of the policy, and those that are the critic's alone with their rate."""
@@ -168,12 +172,14 @@ class PPOModule(OnPolicyModule):
         return [{"params": own}, {"params": others} | rate]
 
     def setup(self, stage: str) -> None:
-        """Look whether a rollout can be cut as asked for.
+        """Look whether a rollout can be cut as asked for, and gradients be clipped.
 
         Raises:
-            UserError: a rollout has fewer rows than minibatches.
+            UserError: a rollout has fewer rows than minibatches, or gradients are scaled for float16.
         """
         super().setup(stage)
+        if self.trainer.precision == "16-mixed":
+            raise UserError("trainer.precision 16-mixed scales gradients, which PPO clips itself; expected bf16-mixed")
         rows = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
         if stage == "fit" and rows is not None and rows * self.trainer.world_size < self.ppo.minibatches:
             raise UserError(
@@ -194,7 +200,8 @@ class PPOModule(OnPolicyModule):
             metrics |= self.update_policy(experience, self.optimizers(), getattr(batch, "sft", None))
             metrics |= self.update_multipliers(experience)
             metrics |= self.finish(experience, metrics["objective/kl"])
-            self.lr_schedulers().step()  # type: ignore[union-attr]
+            for _ in range(int(metrics["policy/steps"])):  # fewer than planned where `stop_at_kl` ended the update
+                self.lr_schedulers().step()  # type: ignore[union-attr]
         # Lightning counts batches; the step that the probe and checkpoints go by is the optimizer's
         self.log("loss", metrics.pop("loss"), prog_bar=True, batch_size=1)
         self.log_dict(metrics | {"step": float(self.trainer.global_step)}, batch_size=1)
@@ -274,7 +281,9 @@ class PPOModule(OnPolicyModule):
         extra = None if demonstrations is None else demonstrations.sequences.response_lengths
         table = RowTable.gather(experience.index, experience.mask.sum(-1), extra)
         self.share = Share(*(torch.tensor(x / world_size()) for x in (len(table.rows), table.tokens)))
-        totals, advantages = Totals(), self.mixed(experience)
+        unmeasured = [] if self.ppo.entropy_coefficient else ["policy/entropy"]
+        totals = Totals(unmeasured if demonstrations is not None else [*unmeasured, "loss/ptx"])
+        advantages = self.mixed(experience)
         for epoch in range(self.ppo.epochs):
             order = (self.run_seed, self.updates, epoch)
             for minibatch in table.minibatches(order, self.ppo.minibatches, self.ppo.micro_batch_size):

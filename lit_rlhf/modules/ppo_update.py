@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,15 +63,20 @@ def micro_losses(
     sums = [
         loss * minibatch.tokens, policy, value, ptx * minibatch.tokens, surrogate.metrics["ratio"].sum(),
         surrogate.metrics["clipped"].sum(), surrogate.metrics["approx_kl"].sum(), entropy,
-        critic.metrics["clipped"].sum(), critic.metrics["squared_error"].sum(),
+        critic.metrics["clipped"].sum() / values.shape[-1], critic.metrics["squared_error"].sum(),
     ]  # fmt: skip
     return loss, torch.stack([x.detach().double() for x in sums])
 
 
 class Totals:
-    """Adds up what the steps of one update have seen, over all processes."""
+    """Adds up what the steps of one update have seen, over all processes.
 
-    def __init__(self) -> None:
+    Args:
+        unmeasured: tags that this run does not compute, and so does not log.
+    """
+
+    def __init__(self, unmeasured: Collection[str] = ()) -> None:
+        self.unmeasured = unmeasured
         self.sums = torch.zeros(len(TAGS), dtype=torch.float64)
         self.tokens = 0
         self.steps = 0
@@ -105,6 +111,7 @@ class Totals:
         found = dict(zip(TAGS, (self.sums / max(self.tokens, 1)).tolist(), strict=True))
         for name, norms in zip(("policy", "value"), zip(*self._norms, strict=True), strict=False):
             found[f"{name}/grad_norm"] = sum(norms) / len(norms)
+        found = {name: value for name, value in found.items() if name not in self.unmeasured}
         return found | {"policy/steps": float(self.steps), "policy/stopped": float(self.stopped)}
 
 

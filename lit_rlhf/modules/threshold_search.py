@@ -158,7 +158,8 @@ class Search:
     def state(self) -> dict[str, Any]:
         """Return plain numbers for a checkpoint."""
         return {
-            "names": list(self.first),
+            "first": dict(self.first),
+            "spread": self.options.spread,
             "evaluations": [[list(point), gold] for point, gold in self.evaluations],
             "stood": [list(point) for point in self.stood],
             "hits": list(self.hits),
@@ -171,10 +172,14 @@ class Search:
         """Take them back.
 
         Raises:
-            UserError: they are of other constraints.
+            UserError: they are of other constraints, or of a search that set out elsewhere.
         """
-        if list(state["names"]) != list(self.first):
-            raise UserError(f"the checkpoint searches thresholds of {state['names']}, the config {list(self.first)}")
+        theirs, own = (state["first"], state["spread"]), (dict(self.first), self.options.spread)
+        if list(state["first"].items()) != list(self.first.items()) or theirs != own:
+            raise UserError(
+                f"the checkpoint's search set out from {theirs[0]} with search.spread {theirs[1]}, the config's from"
+                f" {own[0]} with {own[1]}; expected the same thresholds and spread"
+            )
         self.evaluations = [(tuple(point), float(gold)) for point, gold in state["evaluations"]]
         self.stood = [tuple(point) for point in state["stood"]]
         self.hits, self.since, self.done = list(state["hits"]), state["since"], state["done"]

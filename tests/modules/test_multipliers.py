@@ -33,6 +33,18 @@ def test_names_and_not_places_tell_constraints_apart():
     assert swapped.report() == {"b": first.report()["b"], "a": first.report()["a"]}
 
 
+@pytest.mark.parametrize("kind", [AtLeast, AtMost, Equal])
+def test_pid_holds_on_while_the_violation_stays(kind):
+    """The push of a constant error never lessens: the multiplier does not swing back by itself."""
+    multipliers = Multipliers([kind("a", 0.8)], Dual(control=PID(kp=2.0, ki=0.2, kd=0.0, bound=3.0)))
+    found = []
+    for _ in range(12):
+        multipliers.update({"a": 0.0 if kind is not AtMost else 1.6})
+        found.append(multipliers.current().item())
+    assert found == sorted(found)
+    assert found[0] == pytest.approx(0.8 * 2.2)
+
+
 def test_memory_is_kept_with_the_multipliers():
     dual = Dual(control=PID(kp=0.3, ki=0.1, kd=0.2))
     straight, first = (Multipliers([Equal("a", 1.0)], dual) for _ in range(2))

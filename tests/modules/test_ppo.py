@@ -134,6 +134,17 @@ def test_each_stream_is_standardised_alone_and_a_constant_one_only_centred(tiny_
     assert other.std(correction=0) == pytest.approx(1, abs=1e-5)
 
 
+def test_the_first_update_of_a_task_without_signal_is_silent(tiny_llama_path, tmp_path):
+    """At step 0 the KL is 0 and so are the values: nothing is there to be standardised into noise."""
+    ppo, _, batch = ready(tiny_llama_path, tmp_path, objective=NegativeKL(), constraints=[AtLeast("e", 0.0)])
+    rollout = ppo.rollout(batch)
+    scores = ppo.score(rollout)
+    experience, _ = ppo.advantages(batch.index, rollout, scores)
+    assert not experience.values.any()
+    assert experience.advantages[..., 0].abs().max() < 1e-6
+    assert experience.advantages[..., 1][experience.mask].std() > 0.5
+
+
 def test_kl_weighs_the_same_whatever_the_multiplier_in_reward_minus_cost(tiny_llama_path, tmp_path):
     steps = {"standardise": False, "gae_lambda": 1.0}
     found = []
@@ -330,6 +341,7 @@ def test_units_are_those_of_the_reference_policys_samples(tiny_llama_path, tmp_p
         ({"rewards": {"kl": Letters()}}, "not 'kl'"),
         ({"rewards": {"a.b": Letters()}}, "without dots"),
         ({"clip_scores": 0.0}, "clip_scores must be > 0, got 0"),
+        ({"lora": LoRA(r=4, alpha=8, dropout=0.1)}, r"lora\.dropout must be 0 in PPO, got 0\.1"),
     ],
 )
 def test_options_that_do_not_go_together(options, message):

@@ -114,10 +114,15 @@ def test_a_search_taken_up_again_goes_on_as_it_would_have(after):
     assert len(straight.search.evaluations) > 5
 
 
-def test_a_state_of_other_constraints_is_refused():
-    world = World(ThresholdSearch(3000))
-    with pytest.raises(UserError, match=r"thresholds of \['a', 'b'\], the config \['b', 'a'\]"):
-        Search(ThresholdSearch(3000), {"b": 1.0, "a": 1.0}).load(world.search.state())
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [({}, {"b": 12.0, "a": 0.5}), ({}, {"a": 0.6, "b": 12.0}), ({"spread": 0.4}, {"a": 0.5, "b": 12.0})],
+)
+def test_a_state_of_a_search_that_set_out_elsewhere_is_refused(options, first):
+    state = World(ThresholdSearch(3000)).search.state()
+    with pytest.raises(UserError, match="expected the same thresholds and spread"):
+        Search(ThresholdSearch(3000, **options), first).load(state)
+    Search(ThresholdSearch(3000), {"a": 0.5, "b": 12.0}).load(state)
 
 
 def test_a_threshold_where_the_policy_starts_gives_no_direction():

@@ -163,8 +163,8 @@ class PID(MultiplierControl):
 
     mu_n = mu_0 + kp e_n + ki sum_{j <= n} e_j + kd (e_n - e_{n-1}),   e = error, 0 before the first
 
-    Source: Stooke et al. 2020, arXiv:2007.03964, algorithm 2. The errors are bare, without the slope of the squash: with
-    it a multiplier that moves out would lessen its own push, and swing back though the violation stays.
+    Source: Stooke et al. 2020, arXiv:2007.03964, algorithm 2. The errors are bare: with the slope of the squash a
+    multiplier that moves out would lessen its own push, and swing back though the violation stays.
 
     Departures: a multiplier may be negative, so nothing is projected; and each step adds the change of the sum above to
     the bounded multiplier, so that the integral does not wind up at the bound.

@@ -21,11 +21,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks import GoldProbe, HFExport
+from lit_rlhf.functional.aggregation import WorstCase
 from lit_rlhf.functional.constrained import AtLeast, AtMost, Equal
-from lit_rlhf.functional.control import AdaptiveKL, FixedKL
+from lit_rlhf.functional.control import PID, AdaptiveKL, FixedKL
 from lit_rlhf.models.backbone import LoRA
+from lit_rlhf.models.scorers import Ensemble
 from lit_rlhf.modules.multipliers import Dual
-from lit_rlhf.modules.objective import NegativeKL
+from lit_rlhf.modules.objective import NegativeKL, Satisficing
 from lit_rlhf.modules.optimizer import Optimizer
 from lit_rlhf.modules.ppo import PPOModule
 from lit_rlhf.modules.ppo_options import CriticOptions, PPOOptions
@@ -43,7 +45,14 @@ CASES = {
     "all-model": {"constraints": [AtMost("a", 0.1), AtMost("kl", 0.2)], "critic": CriticOptions("model")},
     "minibatch": {"constraints": [AtLeast("e", 0.3)], "dual": Dual(every="minibatch", per="token")},
     "cost": {"constraints": [AtMost("e", 0.0)], "dual": Dual(form="reward_minus_cost"), "kl": FixedKL(0.05)},
-    "long": {"sampling": Sampling(max_new_tokens=60)},  # rows end at the window, where their prompts let them
+    "mu-sat": {"objective": Satisficing({"a": 0.5}), "constraints": [AtLeast("e", 0.3)], "clip_scores": 1.0},
+    "worst": {"rewards": {"both": Ensemble([Letters("a"), Letters("e")], aggregator=WorstCase())}},
+    "tuned": {
+        "constraints": [AtLeast("e", 0.3)],
+        "dual": Dual(control=PID(kp=1.0, ki=0.3), average_iterates=True),
+        "ppo": {"entropy_coefficient": 0.05, "stop_at_kl": 2e-5},
+    },
+    "long": {"sampling": Sampling(max_new_tokens=60, temperature=5.0)},  # so hot that rows end early or late
 }
 
 
@@ -83,7 +92,9 @@ def run(out, strategy, model, case, kill=None):
         # a large eps: where a gradient is rounding noise, Adam would blow its sign up to a full step
         "optimizer": Optimizer(lr=1e-3, eps=1e-4, warmup_ratio=0.25, schedule="linear"),
     }
-    module = PPOModule(model_name_or_path=model, ppo=PPOOptions(**steps), **(options | CASES[case]))
+    options |= CASES[case]
+    ppo = PPOOptions(**(steps | options.pop("ppo", {})))
+    module = PPOModule(model_name_or_path=model, ppo=ppo, **options)
     watch = Watch(kill)
     saver = ModelCheckpoint(dirpath=out / f"{case}-{strategy}", save_last=True, every_n_train_steps=STEPS)
     probe = GoldProbe(every_n_steps=8, n_prompts=5, sampling=Sampling(max_new_tokens=8), batch_size=2)

@@ -12,7 +12,7 @@ import torch
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent.parent
-KILLS = {"plain": 1, "xi": 2, "xi-lora": 3, "minibatch": 2}  # update 2 ends an epoch: kills fall inside and between
+KILLS = {"plain": 1, "xi": 2, "xi-lora": 3, "minibatch": 2, "cost": 1, "tuned": 2}  # update 2 ends an epoch
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +30,10 @@ def out(tmp_path_factory, tiny_llama_path):
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(out, case):
     kill, (whole, parts) = KILLS[case], (out / case / part for part in ("whole", "parts"))
     straight, resumed = (json.loads((folder / "auto-0.json").read_text())[case] for folder in (whole, parts))
-    assert resumed["updates"] == straight["updates"] == 4
+    updates = 4 if case != "tuned" else straight["updates"]  # which stops early, and so goes on longer
+    assert resumed["updates"] == straight["updates"] == updates >= 4
     assert resumed["examples"] == straight["examples"]
-    assert len(resumed["logged"]) == 4 - kill
+    assert len(resumed["logged"]) == updates - kill
     probed = [
         [json.loads(line) for line in (f / case / "auto/probe.jsonl").read_text().splitlines()] for f in (whole, parts)
     ]

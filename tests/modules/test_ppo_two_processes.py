@@ -11,7 +11,7 @@ import pytest
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
 
 ROOT = Path(__file__).parent.parent.parent
-CASES = ("plain", "xi", "xi-lora", "all-model", "minibatch", "cost", "long")
+CASES = ("plain", "xi", "xi-lora", "all-model", "minibatch", "cost", "mu-sat", "worst", "tuned", "long")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_advantages_equal_one_process(results, strategy, case):
 @pytest.mark.parametrize("case", CASES)
 def test_losses_multipliers_and_weights_equal_one_process(results, strategy, case):
     one, two = results["auto-0"][case], results[f"{strategy}-0"][case]
-    assert len(one["logged"]) == 4
+    assert len(one["logged"]) == (4 if case != "tuned" else one["updates"])  # which stops early, and so goes on longer
     for a, b in zip(one["logged"], two["logged"], strict=True):
         for name, value in a.items():
             tolerance = 0.05 if name.endswith("clipfrac") else 2e-4  # a token at the edge is clipped or not
@@ -58,7 +58,7 @@ def test_losses_multipliers_and_weights_equal_one_process(results, strategy, cas
         assert two["multipliers"][name] == pytest.approx(entry, abs=1e-4)
         assert entry["multiplier"] != 0
     for name, value in one["sum"].items():
-        assert two["sum"][name] == pytest.approx(value, abs=1e-2), name
+        assert two["sum"][name] == pytest.approx(value, abs=2e-3), name
 
 
 def test_ranks_met_rollouts_of_different_lengths(results):

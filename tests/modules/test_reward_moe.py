@@ -6,8 +6,10 @@ import json
 import math
 import random
 import shutil
+from collections import Counter
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
+from callbacks import RewardDiagnostics
 from lit_rlhf.data import CategoryData, PhaseData
 from lit_rlhf.models.backbone import LoRA
 from lit_rlhf.models.moe import MoE
@@ -26,6 +29,7 @@ from lit_rlhf.models.router import Router
 from lit_rlhf.modules import RewardMoEModule, RouterModule
 from lit_rlhf.modules.moe_metrics import MoEMetrics
 from lit_rlhf.modules.optimizer import Optimizer
+from lit_rlhf.modules.router import RouterMetrics
 from lit_rlhf.types import CategoryBatch, ExpertBatch, Sequences, Share, UserError
 
 OPTIMIZER = Optimizer(lr=1e-2, warmup_ratio=0.5, weight_decay=0.1)
@@ -139,7 +143,7 @@ def fitted(request, tiny_llama_path, source, tmp_path_factory):
     """One fit through all phases."""
     folder, watch = tmp_path_factory.mktemp("moe"), Watch()
     module, data = module_of(tiny_llama_path, form=request.param), data_of(tiny_llama_path, source)
-    trainer = fit(module, data, watch, folder=folder)
+    trainer = fit(module, data, watch, RewardDiagnostics(), folder=folder)
     return module, data, trainer, watch, folder / "run" / "version_0"
 
 
@@ -216,11 +220,94 @@ def test_what_was_learned_and_logged(fitted):
     assert watch.losses[-1] < math.log(2)
     assert logged["val/reward/accuracy"] == 1.0  # a rule of two words
     for name in (
-        "reward/accuracy", "reward/margin", "mixture/reward/margin", "moe/usage/ask", "val/moe/router_accuracy",
-        "val/moe/accuracy/ask", "val/moe/point_accuracy/tell/art", "val/reward/accuracy_routed",
+        "reward/accuracy", "reward/margin", "mixture/reward/margin", "val/moe/router_accuracy",
+        "val/moe/accuracy/ask", "val/moe/point_accuracy/tell/art",
     ):  # fmt: skip
         assert name in logged, name
     assert "val/moe/point_accuracy/ask/art" not in logged
+
+
+def test_the_record_of_a_fit_tells_which_experts_were_used_and_how_the_logits_are_calibrated(fitted):
+    """The router's own choices, and sigmoids of raw margins by the chosen experts; both computed here anew."""
+    module, data, trainer, _, folder = fitted
+    last = [json.loads(line) for line in (folder / "reward.jsonl").read_text().splitlines()][-1]
+    items = data.examples("validation").items
+    routed = Counter(Router(str(folder / "phases" / "mixture" / "router")).route([i.row.prompt for i in items]))
+    listed = Counter(item.row.category for item in items)
+    assert len(listed) == 2
+    assert last["experts"].keys() == listed.keys()
+    for name in ("ask", "tell"):
+        used = sum(row[name] for row in last["experts"].values())
+        assert used == pytest.approx(routed[name])
+        assert trainer.callback_metrics[f"val/moe/usage/{name}"].item() == pytest.approx(routed[name] / len(items))
+    squares = []
+    for item in items:
+        prompt, (c,) = item.row.prompt, [{"ask": 0, "tell": 1}[n] for n in module_choice(module, [item.row.prompt])]
+        both = module.score([prompt] * 2, list(item.row.answers)).total * module.moe.score_std[2, c]
+        squares.append(1 / (1 + math.exp(both[0] - both[1])) ** 2)
+    assert last["brier"] == pytest.approx(np.mean(squares), abs=1e-5)
+
+
+def module_choice(module, prompts):
+    gate = module.details(prompts, ["no"] * len(prompts)).gate
+    return [module.moe.categories[c] for c in gate.argmax(-1).tolist()]
+
+
+class Outputs(Callback):
+    """What the validation steps returned, read when all were done."""
+
+    def on_validation_epoch_start(self, trainer, pl_module):
+        self.kept = []
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, *args):
+        self.kept.append((outputs, batch.label))
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        found = [(outputs["scores"](), outputs["logits"]) for outputs, _ in self.kept]
+        self.scores = torch.cat([scores.total.view(2, -1) for scores, _ in found], 1)
+        gates = [torch.stack([scores.parts[f"gate/{name}"] for name in ("ask", "tell")], -1) for scores, _ in found]
+        self.gate = torch.cat([gate.chunk(2)[0] for gate in gates])
+        self.logits = torch.cat([logits for _, logits in found])
+
+
+@pytest.mark.parametrize("routing", ["router", "soft", "oracle"])
+def test_a_validation_measures_the_scores_that_are_used(fitted, tiny_llama_path, source, routing):
+    """Against `score`, with a router that is mostly wrong: its rows are exchanged."""
+    module, data, *_ = fitted
+    outputs = Outputs()
+    trainer = Trainer(accelerator="cpu", logger=False, callbacks=[outputs], enable_progress_bar=False)
+    rows = [item.row for item in data.examples("validation").items]
+    prompts, listed = [row.prompt for row in rows], [row.category for row in rows]
+    before, scale = module.router.head.weight.detach().clone(), module.moe.score_mean.clone()
+    try:
+        with torch.no_grad():
+            module.router.head.weight.copy_(0.1 * before.flip(0))
+        module.routing = routing
+        (logged,) = trainer.validate(module, data, verbose=False)
+        found = [module.details(prompts, [row.answers[side] for row in rows], listed) for side in (0, 1)]
+    finally:
+        module.routing = "router"
+        with torch.no_grad():
+            module.router.head.weight.copy_(before)
+    assert torch.equal(module.moe.score_mean, scale)  # only a fit sets it
+    expected = torch.stack([one.total for one in found])
+    torch.testing.assert_close(outputs.scores, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(outputs.gate, found[0].gate, rtol=0, atol=1e-5)
+    assert logged["val/reward/accuracy"] == 1.0
+    if routing == "oracle":
+        assert "val/reward/accuracy_routed" not in logged
+        assert outputs.gate.max(-1).values.min() == 1
+    else:
+        right = (expected[0] > expected[1]).float().mean().item()
+        assert right < 1.0
+        assert logged["val/reward/accuracy_routed"] == pytest.approx(right)
+        assert (outputs.gate.max(-1).values.min() < 0.95) == (routing == "soft")
+    assert logged["val/moe/router_accuracy"] < 1.0
+
+
+def test_states_are_forgotten_after_a_fit(fitted):
+    module, *_ = fitted
+    assert (module._states, module._held_out_states) == ({}, {})
 
 
 def test_the_states_of_the_mixture_are_computed_once(tiny_llama_path, source, monkeypatch):
@@ -311,6 +398,57 @@ def test_phases_can_run_one_by_one_from_what_the_one_before_left(tiny_llama_path
     assert parts(again) == before
 
 
+def start_of(folder, phase="mixture") -> str:
+    return str(folder / "phases" / phase)
+
+
+@pytest.mark.parametrize(
+    ("phase", "left", "inner"),
+    [("task", ["router", "task"], "none"), ("router", ["task", "capability", "mixture", "router"], "mixture")],
+)
+def test_a_phase_that_begins_anew_takes_those_that_stand_on_it_away(
+    fitted, tiny_llama_path, source, tmp_path, phase, left, inner
+):
+    first, *_, folder = fitted
+    module = module_of(tiny_llama_path, phase=phase, start=start_of(folder), form=first.form)
+    fit(module, data_of(tiny_llama_path, source), folder=tmp_path)
+    assert module.done == left
+    again = tmp_path / "run" / "version_0" / "phases" / phase
+    described = json.loads((again / "reward.json").read_text())
+    assert (described["phases"], described["inner"]) == (left, inner)
+    assert (again / "category-0" / "mixture.safetensors").exists() == (inner == "mixture")
+
+
+@pytest.mark.parametrize(("phase", "before"), [("capability", "task"), ("mixture", "capability")])
+def test_a_phase_alone_needs_what_it_stands_on(fitted, tiny_llama_path, source, phase, before):
+    first, *_, folder = fitted
+    for start in (None, start_of(folder, "router")):
+        module = module_of(tiny_llama_path, phase=phase, start=start, form=first.form)
+        with pytest.raises(
+            UserError, match=rf"phase '{phase}' stands on phase '{before}'.*data.epochs.{before} to be 0"
+        ):
+            fit(module, data_of(tiny_llama_path, source))
+
+
+def test_a_start_that_is_trained_over_lends_no_score(fitted, tiny_llama_path, source):
+    first, *_, folder = fitted
+    module = module_of(tiny_llama_path, start=start_of(folder), form=first.form)
+    with pytest.raises(UserError, match="needs phase 'mixture'"):
+        fit(module, data_of(tiny_llama_path, source, epochs={"router": 0, "task": 1, "capability": 0, "mixture": 0}))
+
+
+def test_without_validation_an_export_warns_and_soft_routing_is_refused(tiny_llama_path, source, tmp_path):
+    epochs = {"router": 0, "task": 1, "capability": 0, "mixture": 0}
+    module = module_of(tiny_llama_path, inner="none", routing="oracle")
+    fit(module, data_of(tiny_llama_path, source, epochs=epochs), limit_val_batches=0)
+    with pytest.warns(UserWarning, match="on scales of their own"):
+        module.export(str(tmp_path / "out"))
+    for options, data in (({"limit_val_batches": 0}, {}), ({}, {"validation_fraction": 0.0})):
+        soft = module_of(tiny_llama_path, inner="none", routing="soft")
+        with pytest.raises(UserError, match="routing 'soft' adds up"):
+            fit(soft, data_of(tiny_llama_path, source, epochs=epochs, **data), **options)
+
+
 # -- ablations and routing --------------------------------------------------------------------------------------------
 
 
@@ -365,7 +503,9 @@ def test_a_router_of_ones_own_routes_the_rows_without_a_category(tiny_llama_path
     module = module_of(tiny_llama_path, router=str(tmp_path / "router"))
     data = data_of(tiny_llama_path, str(path))
     fit(module, data)
-    assert data.routed == 16
+    held_out = data.examples("validation").dropped["no category"]  # the router shall not be graded on its own choices
+    assert (data.routed, held_out) == (16 - held_out, 16 - data.routed)
+    assert min(data.routed, held_out) > 0
     assert module.done == ["task", "capability", "mixture"]
     for item in data.examples("train").items:
         assert item.row.category == {"who": "ask", "please": "tell"}[item.row.prompt.split()[0]]
@@ -442,14 +582,57 @@ def test_large_margins_have_finite_losses(bare):
     assert margin.grad.tolist() == [0.0, -1.0]
 
 
-def test_a_routers_loss_takes_the_logits_as_they_are(bare):
-    batch = CategoryBatch(
-        sequences(3), torch.tensor([0, 1, 1]), Share(torch.tensor(3.0), torch.tensor(3.0)), CategoryBatch
-    )
-    logits, loss = bare._router_losses(batch)
+def test_a_routers_loss_takes_the_logits_as_they_are(tiny_llama_path):
+    module = RouterModule(model_name_or_path=tiny_llama_path, categories=["ask", "tell"])
+    module.configure_model()
+    share = Share(torch.tensor(3.0), torch.tensor(3.0))
+    batch = CategoryBatch(sequences(3), torch.tensor([0, 1, 1]), share, torch.arange(3))
+    with torch.no_grad():
+        module.router.head.weight.mul_(20)  # far from even: a softmax before the loss would show
+    logits, loss = module.losses(batch)
     x = logits.detach().double().numpy()
     expected = np.log(np.exp(x).sum(1)) - x[range(3), [0, 1, 1]]
     assert loss.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+class Figures:
+    """A logger's experiment that keeps pictures."""
+
+    def __init__(self):
+        self.found = {}
+
+    def add_figure(self, name, figure, step):
+        self.found[name] = figure
+
+
+def test_confusions_are_counted_with_the_true_category_first():
+    logged, figures = {}, Figures()
+    module = SimpleNamespace(
+        log=lambda name, value: logged.update({name: float(value)}),
+        log_dict=lambda values: logged.update({name: float(value) for name, value in values.items()}),
+        logger=SimpleNamespace(experiment=figures),
+        trainer=SimpleNamespace(is_global_zero=True),
+        global_step=0,
+    )
+    metrics = RouterMetrics(["ask", "tell"])
+    metrics.update(torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 0]))
+    metrics.update(torch.tensor([[0.0, 3.0], [-1.0, 3.0], [0.0, 1.0]]), torch.tensor([0, 1, 1]))
+    metrics.report(module, "val/")
+    counts = {"ask/ask": 1, "ask/tell": 2, "tell/ask": 0, "tell/tell": 2}
+    assert logged == {"val/accuracy": pytest.approx(0.6)} | {f"val/confusions/{k}": v for k, v in counts.items()}
+    (axes,) = figures.found["val/confusions"].axes
+    assert ("True" in axes.get_ylabel(), "Predicted" in axes.get_xlabel()) == (True, True)
+    assert {(text.get_position(), text.get_text()) for text in axes.texts} == {
+        ((0, 0), "1"), ((1, 0), "2"), ((0, 1), "0"), ((1, 1), "2"),
+    }  # fmt: skip
+    metrics.report(module, "again/")  # nothing was seen since
+    assert not any(name.startswith("again") for name in logged)
+
+
+def test_training_rows_are_routed_in_the_window_of_the_data(tiny_llama_path, monkeypatch):
+    module = module_of(tiny_llama_path, router="somewhere")
+    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(encoder=SimpleNamespace(max_length=24)))
+    assert module.route.__self__.max_length == 24
 
 
 def test_a_pair_counts_as_right_when_the_better_answer_scores_higher_and_ties_count_half():
@@ -466,8 +649,6 @@ def test_a_pair_counts_as_right_when_the_better_answer_scores_higher_and_ties_co
         {
             "moe/accuracy/ask": 0.75,
             "moe/accuracy/tell": 0.0,
-            "moe/usage/ask": 2 / 3,
-            "moe/usage/tell": 1 / 3,
             "moe/point_accuracy/ask/calm": 0.75,  # right, and a tie
             "moe/point_accuracy/ask/wit": 0.0,  # the label says rejected
             "moe/point_accuracy/tell/calm": 0.0,

@@ -22,12 +22,13 @@ def explain(model: str, data: str, *, n: int = 3, routing: str = "router") -> No
     Raises:
         UserError: the folder holds no DMoERM, or `routing` is none of the three.
     """
+    if routing not in ("router", "soft", "oracle"):
+        raise UserError(f"routing must be router, soft or oracle, got {routing!r}")
+
     from lit_rlhf.data.rows import preference_rows
     from lit_rlhf.data.sources import read
     from lit_rlhf.models import moe_scorer
 
-    if routing not in ("router", "soft", "oracle"):
-        raise UserError(f"routing must be router, soft or oracle, got {routing!r}")
     scorer = moe_scorer.MoERewardModel(model, routing)  # type: ignore[arg-type]
     for row in islice((row for record in read(data) for row in preference_rows(record)), n):
         scores = scorer.details([row.prompt] * 2, list(row.answers), [row.category] * 2)

@@ -38,12 +38,21 @@ def label_pairs(
     return labelled
 
 
+def _exchanged(found: dict[str, Any]) -> dict[str, Any]:
+    names = {"chosen": "rejected", "rejected": "chosen"}
+    return {names.get(name, name): value for name, value in found.items()}
+
+
+def _against(soft: dict[str, float | None]) -> dict[str, float | None]:
+    return {name: None if chance is None else 1 - chance for name, chance in soft.items()}
+
+
 # what faces the other way when the responses change places
 _TURNED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "aspects": lambda found: {name: -value for name, value in found.items()},
-    "aspects_soft": lambda found: {name: 1 - value for name, value in found.items()},
-    "votes": lambda found: found | {"chosen": found["rejected"], "rejected": found["chosen"]},
-    "scores": lambda found: found | {"chosen": found["rejected"], "rejected": found["chosen"]},
+    "aspects": lambda found: {name: value and -value for name, value in found.items()},
+    "aspects_soft": _against,
+    "votes": _exchanged,
+    "scores": _exchanged,
 }
 
 
@@ -65,5 +74,6 @@ def _flip_aspects(rows: list[dict[str, Any]], noise: float, seed: int) -> None:
     for place in order[: round(noise * len(places))]:
         i, name = places[place]
         rows[i]["aspects"] = rows[i]["aspects"] | {name: -rows[i]["aspects"][name]}
-        if rows[i].get("aspects_soft"):
-            rows[i]["aspects_soft"] = _against(rows[i]["aspects_soft"], (name,))
+        soft = rows[i].get("aspects_soft") or {}
+        if name in soft:
+            rows[i]["aspects_soft"] = soft | _against({name: soft[name]})

@@ -67,24 +67,16 @@ def test_everything_that_faces_a_response_turns_with_it():
     }
 
 
-def test_a_pair_that_turns_takes_its_votes_and_labels_along_and_loses_its_margin():
-    extra = {
-        "aspects": {"wit": 1, "calm": 0, "art": None},
-        "aspects_soft": {"wit": 0.75, "calm": 0.5, "art": None},
-        "votes": {"chosen": 3, "rejected": 1, "tie": 2},
-        "margin": 0.5,
-    }
+def test_labels_that_are_absent_or_in_part_turn_too():
     (row,) = label_pairs(ROWS[:1], WorldGold(), 0.0, 0)
-    kept, turned = (
-        label_pairs([row | {"chosen": a, "rejected": b} | extra], WorldGold(), 0.0, 0)[0]
-        for a, b in ((row["chosen"], row["rejected"]), (row["rejected"], row["chosen"]))
-    )
-    assert {name: kept[name] for name in extra} == extra
-    assert (turned["chosen"], turned["gold"]) == (row["chosen"], row["gold"])
-    assert turned["aspects"] == {"wit": -1, "calm": 0, "art": None}
-    assert turned["aspects_soft"] == {"wit": 0.25, "calm": 0.5, "art": None}
-    assert turned["votes"] == {"chosen": 1, "rejected": 3, "tie": 2}
-    assert "margin" not in turned
+    labels = {"aspects": {"wit": 1, "art": None}, "aspects_soft": {"wit": 0.75, "art": None}, "votes": {"chosen": 3}}
+    other = row | {"chosen": row["rejected"], "rejected": row["chosen"]}
+    (turned,) = label_pairs([other | labels], WorldGold(), 0.0, 0)
+    assert turned["aspects"] == {"wit": -1, "art": None}
+    assert turned["aspects_soft"] == {"wit": 0.25, "art": None}
+    assert turned["votes"] == {"rejected": 3}
+    (bare,) = label_pairs([other | dict.fromkeys(labels)], WorldGold(), 0.0, 0)
+    assert {name: bare[name] for name in labels} == dict.fromkeys(labels)
 
 
 def test_a_wrong_aspect_is_wrong_in_its_soft_label_too():

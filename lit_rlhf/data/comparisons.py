@@ -36,11 +36,6 @@ class Item:
     weight: float = 1.0
 
 
-@dataclass(frozen=True)
-class RoutedRow(PreferenceRow):
-    """A pair whose category is a router's choice: good for training, and no measure of a router."""
-
-
 def point_items(number: int, row: PreferenceRow, points: Sequence[str], *, soft: bool) -> Iterator[Item]:
     """Yield the comparisons of one pair at the points that it has labels for, the better response first.
 
@@ -90,7 +85,7 @@ def collate_experts(
         index=torch.tensor([item.row for item in chosen]),
         aspects=aspects,
         questions=questions,
-        categories=tuple(None if isinstance(pair.row, RoutedRow) else pair.row.category for pair in rows),
+        categories=tuple(pair.row.category for pair in rows),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, cast
 from lit_rlhf.data.base import DataModule
 from lit_rlhf.data.batching import MicroBatch, ResumableLoader, StepPlanner
 from lit_rlhf.data.categories import CategoryData
-from lit_rlhf.data.comparisons import HELD_OUT, Item, collate_experts, weighted
+from lit_rlhf.data.comparisons import HELD_OUT, Item, collate_experts, point_items, weighted
 from lit_rlhf.data.examples import Examples, SplitName
 from lit_rlhf.data.preference import Pair, without_difference
 from lit_rlhf.data.rows import PreferenceRow, PromptRow, Record, digest, preference_rows
@@ -147,7 +147,7 @@ class PhaseData(DataModule[PreferenceRow, Any]):
         lost = [i for i, row in enumerate(rows) if row.category not in self.categories]
         if self._route is not None and lost:
             for i, category in zip(lost, self._route([rows[i].prompt for i in lost]), strict=True):
-                rows[i] = RoutedRow(**vars(rows[i]) | {"category": category})
+                rows[i] = replace(rows[i], category=category)
             self.routed += len(lost)
         return rows
 
@@ -194,7 +194,9 @@ class PhaseData(DataModule[PreferenceRow, Any]):
     @cached_property
     def router_data(self) -> CategoryData:
         """The prompts of the same rows, for the router's phase."""
-        return _Questions(self, self.tokenizer, categories=list(self.categories), **self._options)
+        found = _Questions(self.tokenizer, categories=list(self.categories), **self._options)
+        found.pairs = self  # no argument: those are copied, and with this one the trainer and its model
+        return found
 
     def phase(self, epoch: int) -> Phase:
         """Return the phase of an epoch of the Trainer; the last one ever after."""
@@ -285,17 +287,6 @@ class PhaseData(DataModule[PreferenceRow, Any]):
         return ResumableLoader(planner, make, self.num_workers)
 
 
-class _Questions(CategoryData):
-    """The prompts of pairs that were read and split already, so that the router holds out the same ones."""
-
-    def __init__(self, rows: Callable[[SplitName], list[PromptRow]], tokenizer: str, **options: Any) -> None:
-        super().__init__(tokenizer, **options)
-        self._read_split = rows
-
-    def _split(self, split: SplitName) -> list[PromptRow]:
-        return self._read_split(split)
-
-
 _WANTED = {
     "task": "training prompts",
     "capability": "training pairs with `aspects`",
@@ -306,14 +297,13 @@ _WANTED = {
 class _Questions(CategoryData):
     """The prompts of a `PhaseData`, so that a router never sees one that is held out there."""
 
-    def __init__(self, pairs: PhaseData, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._pairs = pairs
+    pairs: PhaseData
 
     def _split(self, split: SplitName) -> list[PromptRow]:
         if self.is_world:  # it has more prompts than the pairs, and its splits share none
             return super()._split(split)
-        return [_Question(row.origin, row.prompt, row.category, row) for row in self._pairs._split(split)]  # noqa: SLF001 - one of its own
+        pairs = self.pairs._split(split)  # noqa: SLF001  # one of its own
+        return [_Question(row.origin, row.prompt, row.category, row) for row in pairs]
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ class MoE(nn.Module):
     3. Scores of different categories are brought to one scale by their mean and spread on held-out responses.
 
     Args:
-        path: causal LM or reward model folder, or hub id.
+        path: causal LM or reward model folder, or hub id; one for each category where "backbones" start from different
+            ones.
         points: category to its capability points, both in the order that is kept; k_c may differ.
         options: how to load; `lora` describes every adapter.
         form: "shared" or "backbones".
@@ -53,7 +54,7 @@ class MoE(nn.Module):
         point_std: [P], the same.
 
     Raises:
-        UserError: no such model, or no category.
+        UserError: no such model, no category, or several models in the shared form.
     """
 
     score_mean: Tensor
@@ -65,7 +66,7 @@ class MoE(nn.Module):
 
     def __init__(
         self,
-        path: str,
+        path: str | Sequence[str],
         points: Mapping[str, Sequence[str]],
         options: ModelOptions,
         *,
@@ -89,7 +90,10 @@ class MoE(nn.Module):
             ("point_std", (sum(counts),), 1.0),
         ):
             self.register_buffer(name, torch.full(shape, value, dtype=torch.float32))
-        self.bodies = nn.ModuleList(_bodies(path, counts, options, form, seed))
+        paths = [path] * len(counts) if isinstance(path, str) else list(path)
+        if len(set(paths)) > 1 and form == "shared":
+            raise UserError(f'form "shared" has one body for all categories, got {paths}')
+        self.bodies = nn.ModuleList(_bodies(paths, counts, options, form, seed))
         self.path = self.body.path
         self.width = self.body.width
         heads = [self.body.new_head(c) for c in range(len(counts))]
@@ -208,6 +212,11 @@ class MoE(nn.Module):
         self.score_mean[INNERS.index(inner), category] = mean
         self.score_std[INNERS.index(inner), category] = std if std > 0 else 1.0
 
+    def scaled(self, inner: Inner) -> bool:
+        """Say whether mean and spread of this score were set for every category."""
+        level = INNERS.index(inner)
+        return bool(((self.score_mean[level] != 0) | (self.score_std[level] != 1)).all())
+
     def shard(self, mesh: Any, mp_policy: Any = None) -> None:
         """Shard the parameters over a device mesh by FSDP2: the body by layers, then heads and mixtures in float32.
 
@@ -244,13 +253,14 @@ def select(sequences: Sequences, rows: Tensor) -> Sequences:
     return Sequences(sequences.ids[rows], sequences.attention_mask[rows], sequences.response_mask[rows])
 
 
-def _bodies(path: str, counts: list[int], options: ModelOptions, form: Form, seed: int) -> list[ExpertBody]:
+def _bodies(paths: list[str], counts: list[int], options: ModelOptions, form: Form, seed: int) -> list[ExpertBody]:
     if form == "shared":
-        return [ExpertBody(path, options, len(counts) + sum(counts), seed=seed)]
+        return [ExpertBody(paths[0], options, len(counts) + sum(counts), seed=seed)]
     first = [sum(counts[:c]) for c in range(len(counts))]
     bare = replace(options, lora=None)  # of a category without points, which has no adapters
     bodies = [
-        ExpertBody(path, options if k else bare, range(first[c], first[c] + k), seed=seed) for c, k in enumerate(counts)
+        ExpertBody(paths[c], options if k else bare, range(first[c], first[c] + k), seed=seed)
+        for c, k in enumerate(counts)
     ]
     for body in bodies:
         body.requires_grad_(requires_grad=True)

@@ -7,7 +7,9 @@
     router/                        a sequence classifier
 
 Each category and point folder is scored by plain transformers or peft too, with phase 1's and the point's raw score.
-What a phase has not trained yet is not written.
+What a phase has not trained yet is not written. The folder may be moved: `read_moe` finds its parts where it is, and
+needs the base of the shared form alone. Only the points' folders of "backbones", loaded each by itself, name their
+category's folder by its first place, since peft has no relative names.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_rlhf.assets import MODELS, PREFIX, resolve
 from lit_rlhf.models.expert_folders import ExpertFolder, write_experts
 from lit_rlhf.models.experts import ExpertBody
 from lit_rlhf.models.loading import LoRA, ModelOptions, full_state_dict, is_writer
@@ -90,16 +93,28 @@ def read_description(folder: str | Path) -> dict[str, Any]:
 
 
 def read_moe(folder: str | Path, options: ModelOptions | None = None) -> MoE:
-    """Return the model of a folder, its own adapter settings in place of those of `options`."""
+    """Return the model of a folder, its own adapter settings in place of those of `options`.
+
+    The form "backbones" reads its bodies from the folder and has no need of what they were trained from.
+    """
     described = read_description(folder)
     points = {entry["name"]: [point["name"] for point in entry["points"]] for entry in described["categories"]}
     settings = described["lora"]
     targets = settings["target_modules"]
     lora = LoRA(**(settings | {"target_modules": targets if isinstance(targets, str) else tuple(targets)}))
     options = replace(options or ModelOptions(), lora=lora)
-    moe = MoE(described["base"], points, options, form=described["body"])
+    bodies = [str(Path(folder) / entry["folder"]) for entry in described["categories"]]
+    own = described["body"] == "backbones"
+    moe = MoE(bodies if own else described["base"], points, options, form=described["body"])
+    moe.path = resolve(described["base"])
     fill_moe(moe, folder)
     return moe
+
+
+def scaled(described: dict[str, Any]) -> bool:
+    """Say whether a folder's scores were brought to one scale; those of a single category need none."""
+    inner, categories = described["inner"], described["categories"]
+    return len(categories) == 1 or all((c["mean"][inner], c["std"][inner]) != (0.0, 1.0) for c in categories)
 
 
 @torch.no_grad()
@@ -107,7 +122,7 @@ def fill_moe(moe: MoE, folder: str | Path) -> list[str]:
     """Load a folder into a model of the same categories, points and adapters, and return the phases that were done.
 
     Raises:
-        UserError: the folder's categories, points, form or adapters are others.
+        UserError: the folder's categories, points, form, adapters, shapes or, if shared, base are others.
     """
     folder, described = Path(folder), read_description(folder)
     theirs = {entry["name"]: tuple(point["name"] for point in entry["points"]) for entry in described["categories"]}
@@ -115,11 +130,36 @@ def fill_moe(moe: MoE, folder: str | Path) -> list[str]:
         raise UserError(
             f"{str(folder)!r} holds form {described['body']!r} of {theirs}; expected form {moe.form!r} of {moe.points}"
         )
-    if described["lora"]["r"] != _lora(moe).r:
-        raise UserError(f"{str(folder)!r} has adapters of rank {described['lora']['r']}, expected {_lora(moe).r}")
+    _check_adapters(folder, described["lora"], _lora(moe))
+    if moe.form == "shared" and _place(described["base"]) != _place(moe.path):
+        raise UserError(f"{str(folder)!r} stands on the model {described['base']!r}, expected {moe.path!r}")
     for c, entry in enumerate(described["categories"]):
         _fill_category(moe, c, folder, entry)
     return list(described["phases"])
+
+
+def _check_adapters(folder: Path, theirs: dict[str, Any], lora: LoRA) -> None:
+    """Compare what an adapter's weights mean nothing without."""
+    own = vars(lora)
+    for name, word in (("r", "rank"), ("alpha", "alpha"), ("target_modules", "target_modules")):
+        found, expected = (list(v) if isinstance(v, tuple) else v for v in (theirs[name], own[name]))
+        if found != expected and not (isinstance(found, list) and sorted(found) == sorted(expected)):
+            raise UserError(f"{str(folder)!r} has adapters of {word} {found}, expected {expected}")
+
+
+def _place(path: str) -> str:
+    """Return one spelling of a model's name: the real path of a folder, a hub id as it is."""
+    found = Path(resolve(path))
+    return str(found.resolve()) if found.is_dir() else path
+
+
+def _portable(path: str) -> str:
+    """Return the `builtin:` name of a model that ships with the package, wherever that is installed; else the path."""
+    return next((name for name in (PREFIX + model for model in MODELS) if _is_builtin(name, path)), path)
+
+
+def _is_builtin(name: str, path: str) -> bool:
+    return Path(path).name == name.removeprefix(PREFIX) and Path(resolve(name)) == Path(path)
 
 
 def _lora(moe: MoE) -> LoRA:
@@ -154,7 +194,7 @@ def _described(moe: MoE, *, with_points: bool) -> dict[str, Any]:
         "form": FORM,
         "version": 1,
         "body": moe.form,
-        "base": moe.path,
+        "base": _portable(moe.path),
         "lora": vars(lora) | {"target_modules": targets if isinstance(targets, str) else list(targets)},
         "categories": categories,
     }
@@ -253,7 +293,13 @@ def _fill_body(body: ExpertBody, head: nn.Module, folder: Path) -> None:
     theirs = model.classifier.base_model.state_dict()
     own = body.transformer.state_dict()
     for name, value in _without_experts(own).items():
-        value.copy_(theirs[name][: len(value)])  # the folder may have a row for a padding token
+        found = theirs[name][: len(value)] if name in theirs else None  # it may have a row for a padding token
+        if found is None or found.shape != value.shape:
+            shape = None if found is None else tuple(found.shape)
+            raise UserError(
+                f"{str(folder)!r}: {name} has shape {shape}, expected {tuple(value.shape)} as in {body.path!r}"
+            )
+        value.copy_(found)
     head.load_state_dict(model.head.state_dict())
 
 

@@ -9,12 +9,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from lit_rlhf.encoding import Encoded, Encoder
 from lit_rlhf.functional.aggregation import RewardAggregator
 from lit_rlhf.models.loading import ModelOptions
 from lit_rlhf.models.moe import Inner, MoE
-from lit_rlhf.models.moe_folders import read_description, read_moe
+from lit_rlhf.models.moe_folders import read_description, read_moe, scaled
 from lit_rlhf.models.router import Router
 from lit_rlhf.types import Prompt, Scorer, Scores, UserError
 
@@ -73,6 +74,22 @@ def gate_of(
         for name, routed in zip(listed, choice, strict=True)
     ]
     return torch.nn.functional.one_hot(torch.tensor(numbers), len(categories)).float()
+
+
+def gated_logit(margins: Tensor, gate: Tensor) -> Tensor:
+    """Return the logit of the gate's mean probability that `chosen` is the better one.
+
+    p = sum_c gate_c sigmoid(margin_c),    logit = log p - log(1 - p)
+
+    Args:
+        margins: [B, C], raw scores of chosen less rejected by each category's experts: its own logit.
+        gate: [B, C], weight of each category; rows sum to one.
+
+    Returns:
+        [B]; the margin itself where one category has all the weight.
+    """
+    weight = gate.log()
+    return (weight + logsigmoid(margins)).logsumexp(1) - (weight + logsigmoid(-margins)).logsumexp(1)
 
 
 @torch.no_grad()
@@ -158,7 +175,7 @@ class MoERewardModel(Scorer):
         dtype: of the body; experts, heads and mixtures work in float32 in any case.
 
     Raises:
-        UserError: no such folder, or a routing that it has no router for.
+        UserError: no such folder, a routing that it has no router for, or soft routing over scores without a scale.
     """
 
     def __init__(  # noqa: PLR0913  # flat keys in a config
@@ -182,7 +199,13 @@ class MoERewardModel(Scorer):
         self.description = read_description(path)
         own = self.description["router"]
         found = router or (str(Path(path) / own) if own else None)
-        self._router = None if found is None else Router(found, batch_size, device=device)
+        window = max_length or self.description.get("max_length")
+        self._router = None if found is None else Router(found, batch_size, max_length=window, device=device)
+        if routing == "soft" and aggregator is None and not scaled(self.description):
+            raise UserError(
+                f"{path}: its categories' scores were never brought to one scale, for which a `fit` needs validation"
+                " rows of each; expected such a folder, or routing: router"
+            )
         if self._router is None and routing != "oracle" and len(self.description["categories"]) > 1:
             raise UserError(f"{path} holds no router; expected router: FOLDER, or routing: oracle")
         if aggregator is not None and self.description["inner"] == "none":

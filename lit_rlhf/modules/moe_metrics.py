@@ -53,7 +53,6 @@ class MoEMetrics:
         for c, (category, names) in enumerate(self.points.items()):
             if scores[PAIRS, c]:
                 found[f"moe/accuracy/{category}"] = scores[RIGHT, c] / scores[PAIRS, c]
-                found[f"moe/usage/{category}"] = scores[PAIRS, c] / scores[PAIRS].sum()
             for k, name in enumerate(names):
                 if points[PAIRS, c, k]:
                     found[f"moe/point_accuracy/{category}/{name}"] = points[RIGHT, c, k] / points[PAIRS, c, k]

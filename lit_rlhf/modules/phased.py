@@ -44,6 +44,11 @@ class PhasedModule(BaseModule):
     def begin_phase(self, phase: str) -> None:
         """Make what a phase starts with of the results of those before; called once a phase."""
 
+    def superseded(self, phase: str) -> set[str]:
+        """Return the phases whose results no longer stand once this one begins anew: itself and all that follow."""
+        order = list(self.trainer.datamodule.epochs)  # type: ignore[attr-defined]
+        return set(order[order.index(phase) :])
+
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return groups of all parameters that any phase trains."""
@@ -81,6 +86,7 @@ class PhasedModule(BaseModule):
         self._enter(phase)
         if self.current_epoch == data.first_epoch(phase):
             rank_zero_info(f"phase {phase!r} begins")
+            self.done = [name for name in self.done if name not in self.superseded(phase)]
             for optimizer in self.trainer.optimizers:
                 optimizer.state.clear()
             self.begin_phase(phase)

@@ -84,8 +84,7 @@ class RouterModule(BaseModule):
     def losses(self, batch: CategoryBatch) -> tuple[Tensor, Tensor]:
         """Return the logits, [B, C], and the loss of each prompt, [B]."""
         assert self.router is not None
-        logits = self.router(batch.sequences)
-        return logits, cross_entropy(logits, batch.label, reduction="none")
+        return router_losses(self.router, batch)
 
     def probabilities(self, prompts: Sequence[Prompt]) -> Tensor:
         """Return p(category | prompt), [B, C]."""
@@ -104,6 +103,12 @@ class RouterModule(BaseModule):
         """Write a sequence classifier that plain transformers loads, adapters always merged; called on all ranks."""
         assert self.router is not None
         self.router.export(folder, self.text_encoder().tokenizer)
+
+
+def router_losses(router: RouterModel, batch: CategoryBatch) -> tuple[Tensor, Tensor]:
+    """Return the logits, [B, C], and the cross-entropy of each prompt's category, [B], in nats."""
+    logits = router(batch.sequences)
+    return logits, cross_entropy(logits, batch.label, reduction="none")
 
 
 class RouterMetrics(nn.Module):
@@ -129,14 +134,17 @@ class RouterMetrics(nn.Module):
         self.seen = True
 
     def report(self, module: BaseModule, prefix: str) -> None:
-        """Log `prefix` accuracy, draw the confusions for loggers that take figures, and start anew.
+        """Log `prefix` accuracy and confusions, draw these for loggers that take figures, and start anew.
 
-        In the figure the true category stands down and the routed one across.
+        `confusions/TRUE/ROUTED` counts prompts; in the figure the true category stands down and the routed one across.
         """
         if not self.seen:
             return
         module.log(f"{prefix}accuracy", self.accuracy.compute())
         counts = self.confusions.compute()  # on all ranks
+        for true, row in zip(self.categories, counts.float(), strict=True):
+            pairs = zip(self.categories, row, strict=True)
+            module.log_dict({f"{prefix}confusions/{true}/{routed}": count for routed, count in pairs})
         experiment: Any = getattr(module.logger, "experiment", None)
         if module.trainer.is_global_zero and hasattr(experiment, "add_figure"):
             from matplotlib.figure import Figure

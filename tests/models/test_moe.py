@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import runpy
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from lit_rlhf.functional.aggregation import Mean, WorstCase
 from lit_rlhf.models.backbone import Backbone, LoRA, ModelOptions
 from lit_rlhf.models.moe import MoE, select
 from lit_rlhf.models.moe_folders import fill_moe, read_moe, write_moe
-from lit_rlhf.models.moe_scorer import MoERewardModel, explain, gate_of, score_rows
+from lit_rlhf.models.moe_scorer import MoERewardModel, explain, gate_of, gated_logit, score_rows
 from lit_rlhf.models.reward import RewardModel, load
 from lit_rlhf.models.router import Router, RouterModel
 from lit_rlhf.types import Sequences, UserError
@@ -269,8 +272,57 @@ def test_a_folder_of_other_points_or_another_order_is_refused(written, tiny_llam
     for points in ({"ask": ("wit", "calm"), "tell": POINTS["tell"]}, dict(reversed(POINTS.items()))):
         with pytest.raises(UserError, match="expected form"):
             fill_moe(MoE(tiny_llama_path, points, OPTIONS, form=form), folder)
-    with pytest.raises(UserError, match="rank 2"):
-        fill_moe(MoE(tiny_llama_path, POINTS, ModelOptions(lora=LoRA(r=3)), form=form), folder)
+    for lora, message in (
+        (LoRA(r=3, alpha=4), "rank 2, expected 3"),
+        (LoRA(r=2, alpha=8), "alpha 4, expected 8"),
+        (LoRA(r=2, alpha=4, target_modules=("q_proj",)), "target_modules all-linear, expected .'q_proj'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fill_moe(MoE(tiny_llama_path, POINTS, ModelOptions(lora=lora), form=form), folder)
+
+
+def test_a_folder_on_another_model_is_refused(written, tiny_llama_path, tmp_path):
+    """Shared adapters mean nothing on another base; bodies of another width do not fit."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    moe, folder = written
+    narrow = AutoConfig.from_pretrained(tiny_llama_path)
+    narrow.hidden_size = 16
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(narrow).save_pretrained(tmp_path / "narrow")
+    other = MoE(str(tmp_path / "narrow"), POINTS, OPTIONS, form=moe.form)
+    message = (
+        "stands on the model .*expected .*narrow" if moe.form == "shared" else r"has shape .40, 32., expected .40, 16."
+    )
+    with pytest.raises(UserError, match=message):
+        fill_moe(other, folder)
+
+
+def test_a_moved_folder_still_loads(tiny_llama_path, form, tokenizer, tmp_path):
+    """The paper's form needs nothing but itself; the shared one its base, which may be named in another way."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama_path, base)
+    moe = moved(str(base), form)
+    write_moe(moe, tmp_path / "first", tokenizer, inner="mixture", settings={"max_length": 32})
+    expected = moe.score(padded(ROWS), CATEGORY, "mixture")[0]
+    shutil.move(tmp_path / "first", tmp_path / "second")
+    if form == "backbones":
+        shutil.rmtree(base)
+    again = read_moe(tmp_path / "second")
+    assert torch.equal(again.score(padded(ROWS), CATEGORY, "mixture")[0], expected)
+    if form == "shared":
+        assert fill_moe(MoE(f"{base}/../base", POINTS, OPTIONS), tmp_path / "second")
+
+
+def test_a_model_of_the_package_is_named_so_on_every_machine(tmp_path):
+    from transformers import AutoTokenizer
+
+    from lit_rlhf.assets import resolve
+
+    moe = MoE("builtin:policy", {"ask": ("wit",)}, OPTIONS)
+    write_moe(moe, tmp_path, AutoTokenizer.from_pretrained(resolve("builtin:policy")), inner="mixture")
+    assert json.loads((tmp_path / "reward.json").read_text())["base"] == "builtin:policy"
+    assert read_moe(tmp_path).path == resolve("builtin:policy")
 
 
 # -- the scorer -------------------------------------------------------------------------------------------------------
@@ -334,6 +386,25 @@ def test_soft_routing_weighs_two_standardised_scores(routed):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+def test_soft_routing_needs_one_scale(routed):
+    _, _, folder = routed
+    described = json.loads((folder / "reward.json").read_text())
+    described["categories"][1]["mean"]["mixture"], described["categories"][1]["std"]["mixture"] = 0.0, 1.0
+    (folder / "reward.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match="never brought to one scale"):
+        MoERewardModel(str(folder), routing="soft")
+    assert MoERewardModel(str(folder)).score(PROMPTS, ANSWERS).total.isfinite().all()
+
+
+def test_a_question_is_cut_to_the_window_of_training(routed):
+    _, _, folder = routed
+    long = ["who " * 40 + "please tell me", "who ran " * 30]  # the folder's window is 32 tokens
+    gate = MoERewardModel(str(folder), routing="soft")._gate(long, [None, None])
+    expected = Router(str(folder / "router"), max_length=32).probabilities(long)[:, [1, 0]]
+    torch.testing.assert_close(gate, expected, rtol=0, atol=1e-6)
+    assert (gate - Router(str(folder / "router")).probabilities(long)[:, [1, 0]]).abs().max() > 1e-3
+
+
 def test_an_aggregator_takes_the_points_of_each_category(routed):
     _, _, folder = routed
     plain = MoERewardModel(str(folder), routing="oracle").score(PROMPTS, ANSWERS, LISTED)
@@ -354,6 +425,15 @@ def test_gates_by_hand():
     assert gate_of(None, ["?"], ["only"], "router").tolist() == [[1]]
     with pytest.raises(UserError, match="got category 'z' and routing: oracle"):
         gate_of(None, ["a", "z"], names, "oracle")
+
+
+def test_the_logit_of_a_gate_is_that_of_its_mean_probability():
+    # sigmoid(log 3) = 3/4 and sigmoid(-log 4) = 1/5: 0.6 x 0.75 + 0.4 x 0.2 = 0.53
+    margins = torch.tensor([[3.0, 0.25], [3.0, 0.25], [3.0, 0.25]]).log()
+    gate = torch.tensor([[0.6, 0.4], [1.0, 0.0], [0.0, 1.0]])
+    found = gated_logit(margins, gate)
+    torch.testing.assert_close(found.sigmoid(), torch.tensor([0.53, 0.75, 0.2]))
+    assert gated_logit(torch.tensor([[1e4, 0.0]]), torch.tensor([[1.0, 0.0]])).item() == 1e4
 
 
 def test_a_folder_without_a_router_routes_nobody(written):
@@ -386,6 +466,47 @@ def test_an_explanation_names_each_point_with_both_scores_and_the_totals(routed)
     assert gaps == sorted(gaps, reverse=True)
 
 
+@pytest.fixture
+def command(routed, tmp_path, monkeypatch):
+    """A function that runs `python -m lit_rlhf.explain` on three pairs of one prompt."""
+    _, _, folder = routed
+    pairs = tmp_path / "pairs.jsonl"
+    row = {"prompt": "tell me", "chosen": "the cat", "rejected": "no", "category": "tell"}
+    pairs.write_text("".join(json.dumps(row) + "\n" for _ in range(3)))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["explain", str(folder), str(pairs), *arguments])
+        monkeypatch.delitem(sys.modules, "lit_rlhf.explain", raising=False)
+        runpy.run_module("lit_rlhf.explain", run_name="__main__")
+
+    return run
+
+
+def test_the_command_explains_as_many_pairs_as_asked_for(command, capsys):
+    command("--n", "2", "--routing", "oracle")
+    shown = capsys.readouterr().out
+    assert shown.count("pairs.jsonl:") == 2
+    assert shown.count("first, chosen: the cat\nsecond, rejected: no\ncategory tell\n") == 2
+    assert shown.count("prompt: tell me") == 2
+
+
+def test_the_commands_routing_words_choose_the_weights(command, routed, capsys):
+    gate = MoERewardModel(str(routed[2]), routing="soft").details(["tell me"], ["no"]).gate[0]
+    best = "ask" if gate[0] > gate[1] else "tell"
+    for routing, expected in (("router", f"category {best}\n"), ("soft", f"category {best} (weight {gate.max():.2f})")):
+        command("--n=1", f"--routing={routing}")
+        assert expected in capsys.readouterr().out
+
+
+def test_the_commands_mistakes_end_with_status_2(command, capsys):
+    for arguments in (["--routing", "best"], ["--n", "1", "--model", "nowhere"]):
+        with pytest.raises(SystemExit) as caught:
+            command(*arguments)
+        assert caught.value.code == 2
+    shown = capsys.readouterr().err
+    assert "error: routing must be router, soft or oracle, got 'best'" in shown
+
+
 # -- the router -------------------------------------------------------------------------------------------------------
 
 
@@ -414,6 +535,15 @@ def test_a_router_folder_is_plain_transformers(tiny_llama_path, tiny_gpt2_path, 
             router = Router(str(folder), batch_size=2)
             assert router.categories == ("ask", "tell", "sing")
             torch.testing.assert_close(router.probabilities(PROMPTS), expected.softmax(-1), rtol=0, atol=1e-5)
+
+
+def test_a_router_starts_from_the_pretrained_weights(tiny_llama_path, tiny_gpt2_path):
+    """The released code builds its bodies from a config, so they start random."""
+    for path in (tiny_llama_path, tiny_gpt2_path):
+        expected = Backbone(path).causal_lm.base_model.state_dict()
+        found = RouterModel(path, ["ask", "tell"]).classifier.base_model.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_a_causal_model_is_no_router(tiny_llama_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -14,12 +13,12 @@ from lit_rlhf.functional.constrained import AtLeast, AtMost, Constraint, Equal
 from lit_rlhf.functional.control import FixedKL, KLController
 from lit_rlhf.functional.policy_gradient import gae, kl_estimates
 from lit_rlhf.functional.sequence import masked_mean, standardise
-from lit_rlhf.models.critic import CRITIC, Critic
+from lit_rlhf.modules.actor_critic import ActorCriticModule
 from lit_rlhf.modules.experience import Experience, trimmed
-from lit_rlhf.modules.minibatches import RowTable, passes
+from lit_rlhf.modules.minibatches import RowTable
 from lit_rlhf.modules.multipliers import Dual, Kept, Multipliers
 from lit_rlhf.modules.objective import NegativeKL, Objective, Satisficing, WeightedReward
-from lit_rlhf.modules.on_policy import KL, OnPolicyModule
+from lit_rlhf.modules.on_policy import KL
 from lit_rlhf.modules.optimizer import planned_steps
 from lit_rlhf.modules.ppo_options import CriticOptions, PPOOptions
 from lit_rlhf.modules.ppo_streams import reward_streams, standardised_streams
@@ -31,7 +30,7 @@ from lit_rlhf.types import Rollout, Sampling, Scorer, Scores, SequenceBatch, Seq
 SUSPICIOUS = 5  # updates in a row with a negative mean KL, after which it is no chance
 
 
-class PPOModule(OnPolicyModule):
+class PPOModule(ActorCriticModule):
     """Trains a policy by PPO on its own samples, each training step one update in named phases.
 
     rollout -> score -> advantages -> update_policy -> update_multipliers
@@ -80,20 +79,20 @@ class PPOModule(OnPolicyModule):
     ) -> None:
         options = build_optional(ppo, PPOOptions) or PPOOptions()
         super().__init__(
-            rewards, objective, sampling=sampling, units=units, seed=seed, scale_samples=options.scale_samples,
-            rollout_batch_size=options.rollout_batch_size, **base,
+            rewards=rewards, objective=objective, sampling=sampling, units=units, seed=seed,
+            scale_samples=options.scale_samples, rollout_batch_size=options.rollout_batch_size,
+            critic=build_optional(critic, CriticOptions) or CriticOptions(),
+            micro_batch_size=options.micro_batch_size, with_entropy=options.entropy_coefficient > 0, **base,
         )  # fmt: skip
         self.automatic_optimization = False
         kept = [build(constraint, Constraint) for constraint in constraints or []]
         self.dual = build_optional(dual, Dual) or Dual()
         self.ppo = options
         self.kl = build_optional(kl, KLController) or FixedKL(0.0)
-        self.critic_options = build_optional(critic, CriticOptions) or CriticOptions()
         self.clip_scores = clip_scores
         self._check(kept)
         self.multipliers = Multipliers(kept, self.dual)
         self.progress = Progress(self.kl.coefficient)
-        self.critic: Critic | None = None
         self.share: Share | None = None
         self._below_zero = 0
         self.method = _method(self.objective, kept, self.dual)
@@ -120,23 +119,10 @@ class PPOModule(OnPolicyModule):
 
     # models, optimizer, start
 
-    def build_models(self) -> None:
-        """Load policy, reference and critic."""
-        super().build_models()
-        assert self.policy is not None
-        wanted = self.critic_options
-        lora = wanted.lora or (self.options.lora if wanted.form == "lora" else None)
-        self.critic = Critic(
-            self.policy,
-            path=wanted.path or self.model_name_or_path,
-            options=replace(self.options, lora=lora),
-            streams=1 + len(self.multipliers),
-            form=wanted.form,
-        )
-
-    def backbones(self) -> list[Any]:
-        """Return the loaded models."""
-        return [*super().backbones(), *([] if self.critic is None else [self.critic])]
+    @property
+    def streams(self) -> int:
+        """The task's stream and one for each constraint."""
+        return 1 + len(self.multipliers)
 
     @property
     def _mixes_standardised(self) -> bool:
@@ -161,15 +147,6 @@ class PPOModule(OnPolicyModule):
         """Return one optimizer with a group for the policy and one for the critic, and a schedule over its steps."""
         optimizer = self.optimizer_options.build(self.parameter_groups())
         return [optimizer], [self.optimizer_options.schedule_for(optimizer, planned_steps(self.trainer))]
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the trainable parameters of the policy, and those that are the critic's alone with their rate."""
-        assert self.policy is not None
-        own = [p for name, p in self.policy.named_parameters() if p.requires_grad and f".{CRITIC}." not in name]
-        known = {id(p) for p in own}
-        others = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
-        rate = {} if self.critic_options.lr is None else {"lr": self.critic_options.lr}
-        return [{"params": own}, {"params": others} | rate]
 
     def setup(self, stage: str) -> None:
         """Look whether a rollout can be cut as asked for, and gradients be clipped.
@@ -225,7 +202,7 @@ class PPOModule(OnPolicyModule):
             What to learn from, and means over all processes to log.
         """
         mask, logps = rollout.response_mask, rollout.token_logps
-        reference, values = self._judged(rollout)
+        reference, values = self.judged(rollout)
         units = {name: self.scale.to_units(name, found.total) for name, found in scores.items()}
         clipped = {name: x if self.clip_scores is None else _clip(x, self.clip_scores) for name, x in units.items()}
         rewards = reward_streams(self, clipped, rollout, reference)
@@ -294,7 +271,7 @@ class PPOModule(OnPolicyModule):
                     loss, found = micro_losses(
                         self, experience.rows(part.rows), advantages[list(part.rows)], demo, minibatch
                     )
-                    self._backward(loss * (world_size() * part.counts))
+                    self.backward_pass(loss * (world_size() * part.counts))
                     sums += found * part.counts
                 if not totals.add(summed(sums), minibatch, self.ppo.stop_at_kl, self.updates):
                     optimizer.zero_grad()
@@ -335,18 +312,6 @@ class PPOModule(OnPolicyModule):
 
     # parts of the phases
 
-    def policy_and_values(self, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return log-probabilities [N, L], values [N, L, S], and entropies [N, L] where they are rewarded."""
-        assert self.policy is not None
-        assert self.critic is not None
-        temperature = self.sampling.temperature
-        if self.ppo.entropy_coefficient > 0:
-            logps, entropy = self.policy.logps_and_entropy(sequences, temperature)
-            return logps, self.critic(sequences), entropy
-        if self.critic_options.form == "heads":  # both from one pass over the body
-            return *self.critic.policy_and_values(sequences, temperature), None
-        return self.logps(sequences, temperature), self.critic(sequences), None
-
     def mixed(self, experience: Experience) -> Tensor:
         """Return the advantages [B, T] that the policy learns from, at the multipliers of now."""
         mixed, mask = self.multipliers.mix(experience.advantages), experience.mask
@@ -369,35 +334,12 @@ class PPOModule(OnPolicyModule):
         sums = summed(torch.cat([(values * weights[:, None]).sum(0), weights.sum()[None]]))
         return dict(zip(self.multipliers.constraints, (sums[:-1] / sums[-1]).tolist(), strict=True))
 
-    def _judged(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Return the reference's log-probabilities, [B, T], and the critic's values, [B, T, S]."""
-        assert self.critic is not None
-        count, width = rollout.token_logps.shape
-        reference = torch.zeros_like(rollout.token_logps)
-        values = reference.new_zeros(count, width, 1 + len(self.multipliers))
-        for part in passes(range(count), self.most(count), self.ppo.micro_batch_size):
-            rows = torch.tensor(part.rows, device=reference.device)
-            sequences, cut = trimmed(rollout.sequences, rows)
-            with self._inference():
-                logps = self.reference_token_logps(sequences, self.sampling.temperature)
-                found = self.critic(sequences)
-            reference[rows, : width - cut] = logps[:, cut - width :].to(reference)
-            values[rows, : width - cut] = found[:, cut - width :].to(values)
-        return reference, values
-
-    def _backward(self, loss: Tensor) -> None:
-        if self._trainer is None:
-            loss.backward()
-        else:
-            self.manual_backward(loss)
-
     # what is seen from outside
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Sample held-out prompts and log KL and scores."""
         rollout = self.sampled(list(batch.prompts), batch.index.tolist(), list(batch.categories), (0, 2))
-        reference, _ = self._judged(rollout)
-        kl = kl_estimates(rollout.token_logps, reference, rollout.response_mask)
+        kl = kl_estimates(rollout.token_logps, self.judged_reference(rollout), rollout.response_mask)
         scores = {f"objective/scores/{name}/raw": found.total for name, found in self.score(rollout).items()}
         self.log_validation({"objective/kl": kl["k1"], "objective/kl_k3": kl["k3"], **scores})
 

@@ -99,8 +99,8 @@ def ppo_scores(ppo, rollout):
 def with_values(ppo, experience_args, constants):
     """Let the critic say constants, one a stream."""
     index, rollout, scores = experience_args
-    reference, values = ppo._judged(rollout)
-    ppo._judged = lambda _: (reference, torch.ones_like(values) * torch.tensor(constants))
+    reference, values = ppo.judged(rollout)
+    ppo.judged = lambda _: (reference, torch.ones_like(values) * torch.tensor(constants))
     return ppo.advantages(index, rollout, scores)[0]
 
 
@@ -123,9 +123,9 @@ def test_each_stream_is_standardised_alone_and_a_constant_one_only_centred(tiny_
     ppo, _, batch = ready(tiny_llama_path, tmp_path, objective=NegativeKL(), constraints=[AtLeast("e", 0.0)])
     rollout = ppo.rollout(batch)
     scores = ppo.score(rollout)
-    reference, values = ppo._judged(rollout)
+    reference, values = ppo.judged(rollout)
     noise = 0.01 * torch.randn(values.shape, generator=torch.Generator().manual_seed(0))
-    ppo._judged = lambda _: (reference, noise)
+    ppo.judged = lambda _: (reference, noise)
     experience, _ = ppo.advantages(batch.index, rollout, scores)
     task, other = experience.advantages[experience.mask].double().unbind(-1)
     assert task.mean().abs() < 1e-6
@@ -178,7 +178,7 @@ def test_kl_itself_can_be_held_at_a_threshold(tiny_llama_path, tmp_path):
     assert experience.constraint_values.mean().item() == pytest.approx(metrics["objective/kl"], rel=1e-5)
     assert ppo.start("kl") == 0
     rollout = ppo.rollout(batch)
-    stream = reward_streams(ppo, ppo_scores(ppo, rollout), rollout, ppo._judged(rollout)[0])[..., 1]
+    stream = reward_streams(ppo, ppo_scores(ppo, rollout), rollout, ppo.judged(rollout)[0])[..., 1]
     assert stream.sum(-1).tolist() == pytest.approx(experience.constraint_values[:, 0].tolist(), abs=1e-4)
 
 

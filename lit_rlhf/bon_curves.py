@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from lit_rlhf import records
-from lit_rlhf.bon_store import Progress
+from lit_rlhf.bon_store import Progress, lasting
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional.aggregation import RewardAggregator
 from lit_rlhf.functional.best_of_n import Ranking, empirical_kl, kl_bound, prompt_intervals, win_shares
@@ -189,10 +189,10 @@ def write_curves(
 
 
 def _about(label: str, selector: Selector, settings: Mapping[str, Any], samples: Samples) -> dict[str, Any]:
-    names = ("split", "n_samples", "ns", "sampling", "standardise", "gold")
-    hashed = {name: settings[name] for name in names}
-    hashed |= {"reward": settings["rewards"][selector.reward], "by": plain(selector.by)}
-    hashed["prompts"] = len(samples.prompts)
+    names = ("policy", "prompts", "split", "n_samples", "ns", "sampling", "standardise")
+    hashed = {name: settings[name] for name in names} | {"n_prompts": len(samples.prompts), "by": plain(selector.by)}
+    # where reward models lie is left out, since each seed may have its own; gold is one for all seeds, so that counts
+    hashed |= {"reward": lasting(settings["rewards"][selector.reward]), "gold": json.dumps(lasting(settings["gold"]))}
     name = ", ".join(filter(None, (settings["label"], "best-of-n", label)))
     return {
         "method": "bon", "label": name, "seed": settings["seed"],

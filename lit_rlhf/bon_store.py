@@ -1,23 +1,24 @@
 """What best-of-n keeps on disk while it works: JSON lines that only grow, and say in their first line what made them.
 
-A killed run leaves at most one torn line, which is cut off when the file is opened again; whole lines are never redone.
+A killed run leaves at most one torn line, which is mended when the file is opened again; whole lines are never redone.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from threading import Event, Thread
 from time import monotonic
 from typing import Any, Self
 
+from lit_rlhf import records
 from lit_rlhf.errors import UserError
 
-Row = dict[str, Any]
-_BLOCK = 1 << 16
+Row = records.Record
+HARMLESS = ("batch_size", "device")  # of a scorer: they change rounding at most
 
 
 class Stream:
@@ -26,32 +27,46 @@ class Stream:
     Args:
         path: the file; made if absent.
         made_by: what determines the rows, as plain data; a file that something else made is refused.
+        instead: what to do then.
 
     Raises:
         UserError: the file was made by another configuration, or is no file of this kind.
     """
 
-    def __init__(self, path: Path, made_by: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, made_by: Mapping[str, Any], instead: str = "start a new run") -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _cut_torn_line(path)
-        head = next(_lines(path), None) if path.exists() else None
+        records.mend(path)
+        head = next(records.stream(path), None) if path.exists() else None
         expected = json.loads(json.dumps({"made_by": made_by}))  # tuples become lists, as they do in the file
         if head is None:
-            _append(path, [expected])
+            records.append(path, [expected])
         elif head != expected:
-            raise UserError(f"{path}: {_difference(head.get('made_by'), expected['made_by'])}; start a new run")
+            raise UserError(f"{path}: {_difference(head.get('made_by'), expected['made_by'])}; {instead}")
 
     def __iter__(self) -> Iterator[Row]:
         """Read the rows one by one."""
-        rows = _lines(self.path)
-        next(rows, None)
-        return rows
+        return (row for _, row in self.placed())
+
+    def placed(self) -> Iterator[tuple[int, Row]]:
+        """Read the rows one by one, each with its place in the file."""
+        return islice(records.placed(self.path), 1, None)
+
+    def at(self, places: Iterable[int]) -> Iterator[Row]:
+        """Read the rows at these places alone."""
+        return records.at(self.path, places)
 
     def append(self, rows: Iterable[Row]) -> None:
         """Write rows for good."""
-        _append(self.path, rows)
+        records.append(self.path, rows)
+
+
+def lasting(described: Any) -> Any:
+    """Return a scorer's description without what says how fast it works and not what it gives."""
+    if isinstance(described, list):
+        return [lasting(item) for item in described]
+    if not isinstance(described, dict):
+        return described
+    return {key: lasting(item) for key, item in described.items() if key not in HARMLESS}
 
 
 class Progress:
@@ -134,41 +149,6 @@ def old_folder(out: str, resume: str, sign: str) -> Path:
     if not (Path(resume) / sign).is_file():
         raise UserError(f"--resume: {resume!r} is no run folder of this command, it holds no {sign}")
     return Path(resume)
-
-
-def _append(path: Path, rows: Iterable[Row]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    # half a surrogate pair has no UTF-8, but its escape is good JSON
-    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _lines(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: expected a JSON object, got {line[:80]!r}") from error
-            yield row
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Let the file end after its last newline."""
-    with path.open("r+b") as file:
-        size = end = file.seek(0, os.SEEK_END)
-        while end > 0:
-            start = max(0, end - _BLOCK)
-            file.seek(start)
-            found = file.read(end - start).rfind(b"\n")
-            if found >= 0:
-                end = start + found + 1
-                break
-            end = start
-        if end < size:
-            file.truncate(end)
 
 
 def _difference(there: Any, here: Any, name: str = "") -> str:

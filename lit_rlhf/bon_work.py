@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
-from itertools import islice
+from functools import cached_property
+from hashlib import file_digest, sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from lit_rlhf.bon_curves import Columns, Floats
-from lit_rlhf.bon_store import Progress, Row, Stream
+from lit_rlhf.bon_store import Progress, Row, Stream, lasting
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional.sequence import row_generator
 from lit_rlhf.models.digest import model_digest
@@ -20,7 +23,8 @@ from lit_rlhf.specs import plain
 from lit_rlhf.types import Prompt, Sampling, Scorer, Scores
 
 RESPONSES = "responses.jsonl"
-HARMLESS = ("batch_size", "device")  # of a scorer: they change rounding at most
+MODELS, DATA = ("path", "router"), ("references",)  # a scorer's arguments that name what lies on a disk
+NUMBERS = ("same_as", "length", "ended")
 SCORED_AT_ONCE = 512  # rows handed to a scorer in one call, and lost at most by a kill
 
 
@@ -60,7 +64,7 @@ class Work:
         made_by["hash of the policy's weights"] = policy
         made_by["hash of the prompts"] = sha256(texts.encode(errors="backslashreplace")).hexdigest()[:12]
         self.responses = Stream(folder / RESPONSES, made_by)
-        self._files: dict[Path, Stream] = {}
+        self._files: dict[Path, tuple[Stream, Scorer]] = {}
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -95,7 +99,8 @@ class Work:
         Raises:
             UserError: it holds the scores of another scorer, or of one with other weights.
         """
-        self._files[file] = Stream(self.folder / file, source_of(scorer))
+        instead = "start a new run, or delete the file to have it made again"
+        self._files[file] = Stream(self.folder / file, source_of(scorer), instead), scorer
 
     def score(self, file: Path, scorer: Scorer, what: str) -> None:
         """Score the distinct responses that are not scored yet, into an open file.
@@ -103,12 +108,12 @@ class Work:
         Raises:
             UserError: a score is not finite.
         """
-        distinct = sum(row["same_as"] == row["sample_index"] for row in self.responses)
-        stream = self._files[file]
+        distinct = self._places[self.numbers("same_as") == np.arange(self.n_samples)]
+        stream, _ = self._files[file]
         done = sum(1 for _ in stream)
-        missing = islice(self._distinct(), done, None)
-        with Progress(what, distinct, done) as progress:
-            while chunk := list(islice(missing, SCORED_AT_ONCE)):
+        with Progress(what, len(distinct), done) as progress:
+            for start in range(done, len(distinct), SCORED_AT_ONCE):
+                chunk = list(self.responses.at(distinct[start : start + SCORED_AT_ONCE].tolist()))
                 lines = [self.prompts[row["prompt_index"]] for row in chunk]
                 texts = [row["response"] for row in chunk]
                 scores = scorer.score([line.prompt for line in lines], texts, [line.category for line in lines])
@@ -116,36 +121,45 @@ class Work:
                 progress.add(len(chunk))
 
     def columns(self, file: Path) -> Columns:
-        """Read scores back as arrays over all samples, repeated responses included."""
-        found: list[Row] = list(self._files[file])
-        members, parts = found[0]["members"], found[0]["parts"]
-        width = 1 + len(members or ()) + len(parts)
-        grid = np.full((*self.shape, width), np.nan)
-        for row in found:
+        """Read scores back as arrays over all samples, repeated responses included; see `source_of` for totals."""
+        stream, scorer = self._files[file]
+        rows = iter(stream)
+        first = next(rows)
+        count, parts = len(first["members"] or ()), first["parts"]
+        grid = np.full((*self.shape, 1 + count + len(parts)), np.nan)
+        for row in chain([first], rows):
             values = [row["total"], *(row["members"] or ()), *row["parts"].values()]
             grid[row["prompt_index"], row["sample_index"]] = values
-        same_as = self.numbers("same_as").astype(np.intp)
-        grid = np.take_along_axis(grid, same_as[..., None], 1)
-        count = len(members or ())
+        grid = np.take_along_axis(grid, self.numbers("same_as").astype(np.intp)[..., None], 1)
+        members = grid[..., 1 : 1 + count] if count else None
         return Columns(
-            total=grid[..., 0],
-            members=grid[..., 1 : 1 + count] if members else None,
+            total=grid[..., 0] if members is None or not _combines(scorer) else _combined(scorer, members),
+            members=members,
             parts={name: grid[..., 1 + count + i] for i, name in enumerate(parts)},
         )
 
     def numbers(self, name: str) -> Floats:
-        """Read one number of every response, [P, N]."""
-        values = np.fromiter((row[name] for row in self.responses), np.float64, self.shape[0] * self.shape[1])
-        return values.reshape(self.shape)
+        """Return one number of every response, [P, N]: "same_as", "length" or "ended"."""
+        return self._table[0][..., NUMBERS.index(name)]
 
     def texts(self, wanted: Iterable[tuple[int, int]]) -> dict[tuple[int, int], str]:
         """Read some responses by prompt and sample number."""
-        places = set(wanted)
-        rows = (((row["prompt_index"], row["sample_index"]), row["response"]) for row in self.responses)
-        return {place: text for place, text in rows if place in places}
+        slots = sorted(set(wanted))
+        rows = self.responses.at(int(self._places[slot]) for slot in slots)
+        return {slot: row["response"] for slot, row in zip(slots, rows, strict=True)}
 
-    def _distinct(self) -> Iterator[Row]:
-        return (row for row in self.responses if row["same_as"] == row["sample_index"])
+    @property
+    def _places(self) -> NDArray[np.int64]:
+        return self._table[1]
+
+    @cached_property
+    def _table(self) -> tuple[Floats, NDArray[np.int64]]:
+        """Numbers [P, N, 3] and places in the file [P, N] of all responses, from one pass; no text is kept."""
+        numbers, places = np.zeros((*self.shape, len(NUMBERS))), np.zeros(self.shape, np.int64)
+        for slot, (place, row) in enumerate(self.responses.placed()):
+            where = divmod(slot, self.n_samples)
+            numbers[where], places[where] = [row[name] for name in NUMBERS], place
+        return numbers, places
 
     def _kept(self) -> tuple[int, dict[str, int]]:
         """Count the responses on disk, and return those of the last prompt by text."""
@@ -160,20 +174,43 @@ class Work:
 
 
 def source_of(scorer: Any) -> dict[str, Any]:
-    """Return what scores depend on: the scorer's description without what says how fast, and the weights it names."""
-    paths: list[str] = []
+    """Return what a scorer's numbers depend on: its description, and the contents of the models and data it names.
 
-    def described(value: Any) -> Any:
-        if isinstance(value, list):
-            return [described(item) for item in value]
-        if not isinstance(value, dict):
-            return value
-        if isinstance(value.get("path"), str):
-            paths.append(value["path"])
-        return {key: described(item) for key, item in value.items() if key not in HARMLESS}
+    Left out are what says how fast it works, and an ensemble's aggregator: totals are made of the members' scores when
+    they are read.
+    """
+    described = lasting(plain(scorer))
+    if _combines(scorer):
+        described["init_args"].pop("aggregator")
+    models = {path: model_digest(path) for path in _named(described, MODELS)}
+    data = {path: _file_digest(path) for path in _named(described, DATA) if Path(path).is_file()}
+    return {"scorer": described, "hash of the weights": models} | ({"hash of the references": data} if data else {})
 
-    found = described(plain(scorer))
-    return {"scorer": found, "hash of the weights": {path: model_digest(path) for path in paths}}
+
+def _combines(scorer: Any) -> bool:
+    from lit_rlhf.models.scorers import Ensemble, EnsembleRewardModel
+
+    return isinstance(scorer, Ensemble | EnsembleRewardModel)
+
+
+def _combined(scorer: Any, members: Floats) -> Floats:
+    flat = torch.from_numpy(members.reshape(-1, members.shape[-1])).float()  # as precise as scorers are
+    return np.asarray(scorer.aggregator(flat).double().reshape(members.shape[:-1]))
+
+
+def _named(described: Any, keys: Sequence[str]) -> list[str]:
+    """Return the strings under these keys, at any depth."""
+    if isinstance(described, list):
+        return [name for item in described for name in _named(item, keys)]
+    if not isinstance(described, dict):
+        return []
+    here = [value for key, value in described.items() if key in keys and isinstance(value, str)]
+    return here + [name for item in described.values() for name in _named(item, keys)]
+
+
+def _file_digest(path: str) -> str:
+    with Path(path).open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def _score_rows(chunk: Sequence[Row], scores: Scores, what: str) -> list[Row]:

@@ -43,21 +43,38 @@ def stream(path: str | Path) -> Iterator[Record]:
     Raises:
         UserError: as `read`, the moment that such a line is reached.
     """
+    return (record for _, record in placed(path))
+
+
+def placed(path: str | Path) -> Iterator[tuple[int, Record]]:
+    """Read JSON lines one by one, each with the byte at which it begins, so that `at` finds it again.
+
+    Raises:
+        UserError: as `stream`.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    odd: tuple[int, str] | None = None
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+    place, odd = 0, ""
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            if odd is not None:
-                raise UserError(f"{path}, line {odd[0]}: expected a JSON object, got {odd[1][:80]!r}")
-            record = _parse(line)
-            if record is None:
-                odd = number, line.rstrip("\n")  # forgiven if it is the last
-            else:
-                yield record
+            text = line.decode(errors="replace").strip()
+            if text and odd:
+                raise UserError(f"{path}, {odd}")
+            record = _parse(text)
+            if record is not None:
+                yield place, record
+            elif text:
+                odd = f"line {number}: expected a JSON object, got {text[:80]!r}"  # forgiven if it is the last
+            place += len(line)
+
+
+def at(path: str | Path, places: Iterable[int]) -> Iterator[Record]:
+    """Read the records that begin at these bytes, as `placed` gave them, and no others."""
+    with Path(path).open("rb") as file:
+        for place in places:
+            file.seek(place)
+            yield json.loads(file.readline().decode(errors="replace"))
 
 
 def natural(path: str | Path) -> tuple[tuple[str | int, ...], ...]:
@@ -113,11 +130,27 @@ def append(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
     text = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _mend(path)
+    mend(path)
     with path.open("a", encoding="utf-8", errors=_ODD) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def mend(path: Path) -> None:
+    """End a file, if there is one, with a newline: after its last line if that is whole, else in place of it."""
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        end = _last_newline(file, size)
+        if end == size:
+            return
+        file.seek(end)
+        if _parse(file.read().decode(errors="replace")) is None:
+            file.truncate(end)
+        else:
+            file.write(b"\n")
 
 
 def resume(folder: str | Path, step: int) -> list[Record]:
@@ -176,22 +209,6 @@ def _parse(line: str) -> Record | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) else None
-
-
-def _mend(path: Path) -> None:
-    """End the file with a newline: after its last line if that is whole, else in place of it."""
-    if not path.is_file():
-        return
-    with path.open("r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        end = _last_newline(file, size)
-        if end == size:
-            return
-        file.seek(end)
-        if _parse(file.read().decode(errors="replace")) is None:
-            file.truncate(end)
-        else:
-            file.write(b"\n")
 
 
 def _last_newline(file: IO[bytes], size: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 from torch import nn
@@ -10,12 +11,13 @@ from torch import nn
 from lit_rlhf.assets import resolve
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.loading import adapter_base
+from lit_rlhf.models.reward import FORM_FILE
 
 HASHED = (".safetensors", ".bin", ".json", ".py")  # weights, configs, and code that comes with a model
 
 
 def model_digest(path: str) -> str:
-    """Hash the files of a model, those of an ensemble's members and of an adapter's base included.
+    """Hash the files of a model, those of its members and of the base that adapters stand on included.
 
     Args:
         path: folder, adapter folder, hub id or `builtin:` name.
@@ -30,7 +32,7 @@ def model_digest(path: str) -> str:
             digest.update(file.relative_to(folder).as_posix().encode())
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
-    base = adapter_base(str(folder))
+    base = _base(folder)
     return digest.hexdigest() + ("" if base is None else model_digest(base))
 
 
@@ -41,6 +43,15 @@ def weights_digest(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(-1).float().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _base(folder: Path) -> str | None:
+    """Return the model outside the folder that its adapters, or those of its members, stand on."""
+    described = folder / FORM_FILE
+    base = adapter_base(str(folder))
+    if base is None and described.is_file():
+        base = json.loads(described.read_text(encoding="utf-8")).get("base")
+    return None if base is None or (folder / base).is_dir() else base
 
 
 def _folder(path: str) -> Path:

@@ -219,5 +219,6 @@ def test_exporting_leaves_the_model_as_it_was(tiny_gpt2_path, tmp_folder):
     model = trained(tiny_gpt2_path)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.export(tmp_folder, tokenizer_of(tiny_gpt2_path))
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for name, value in model.state_dict().items():  # the scale is NaN until it is measured
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
     assert model.classifier.config.vocab_size == before["model.transformer.wte.weight"].shape[0]

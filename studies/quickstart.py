@@ -28,7 +28,7 @@ STAGES = {
     "ppo_xi": "PPO with two reward models held at thresholds",
     "reward_ensemble": "five reward models from 1,000 of the pairs",
     "reward_moe": "DMoERM from the same 1,000 pairs",
-    "bon": "best of up to 256 samples by each of them",
+    "bon": "best of up to 128 samples by each of them",
     "report": "one HTML report",
 }
 SILENCE = 4.0  # seconds between two signs of life where there is no terminal

@@ -54,6 +54,7 @@ rule reward:
 
 
 rule align:
+    priority: 1  # the longest ones first, so that no core waits at the end
     input:
         pairs=rules.pairs.output,
         proxy=rules.reward.output,
@@ -148,7 +149,7 @@ rule bon:
             }
         ),
     shell:
-        "rm -rf {OUT}/bon && OMP_NUM_THREADS=1 {TRAIN} bon --config configs/bon.yaml --n_samples 256 --seed {SEED} --out {OUT}/bon"
+        "rm -rf {OUT}/bon && OMP_NUM_THREADS=1 {TRAIN} bon --config configs/bon.yaml --n_samples 128 --seed {SEED} --out {OUT}/bon"
         " --rewards '{params.rewards}' --selectors '{params.selectors}' > {log} 2>&1"
 
 

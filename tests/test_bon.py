@@ -8,18 +8,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 
 from lit_rlhf import records, report
-from lit_rlhf.bon_curves import Columns, Grid, Selector, rankings, standardise
+from lit_rlhf.bon_curves import Columns, Grid, Selector, _about, rankings, standardise
 from lit_rlhf.bon_store import Progress, Stream
+from lit_rlhf.bon_work import source_of
 from lit_rlhf.errors import UserError
 from lit_rlhf.front import main
 from lit_rlhf.functional.aggregation import Mean, UncertaintyWeighted
 from lit_rlhf.functional.best_of_n import best_of_n, kl_bound
+from lit_rlhf.models.scorers import Ensemble
+from lit_rlhf.models.text_metrics import TextOverlap
+from lit_rlhf.types import Scorer
 
 ROOT = Path(__file__).parent.parent
 PROXY = {"class_path": "lit_rlhf.models.scorers.HFRewardModel", "init_args": {"path": "builtin:proxy-0"}}
@@ -390,6 +395,92 @@ def test_labels_keep_runs_apart_and_a_new_run_never_writes_into_an_old_one(tmp_p
     assert [(row["proxy_std"], row["proxy_members"]) for row in records.read_probe(only)] == [(None, None)] * 2
 
 
+HASHED = {
+    "policy": {"policy": "runs/other"},
+    "prompts": {"prompts": "other.jsonl"},
+    "split": {"split": "test"},
+    "gold": {"gold": PROXY},
+    "where gold lies": {"gold": OTHER},
+    "ns": {"ns": [1, 3]},
+    "sampling": {"sampling": {"temperature": 0.5}},
+    "reward": {"rewards": {"two": {"class_path": "a.Other", "init_args": {}}}},
+}
+ALIKE = {
+    "seed": {"seed": 7},
+    "where a seed's reward model lies": {"rewards": {"two": scorer("elsewhere")}},
+    "how fast": {"rewards": {"two": scorer("here", batch_size=99, device="cuda")}},
+    "folder": {"out": "elsewhere"},
+}
+
+
+def test_what_tells_runs_apart_in_a_report():
+    samples = SimpleNamespace(prompts=[0])
+    given = {
+        "policy": "builtin:policy", "prompts": "builtin:world", "split": "validation", "n_samples": 8, "ns": [1, 2],
+        "sampling": {}, "standardise": "overall", "rewards": {"two": scorer("here")}, "gold": None, "seed": 0,
+        "label": None, "out": "runs",
+    }  # fmt: skip
+
+    def digest(changes):
+        return _about("mean", Selector("two"), given | changes, samples)["config_hash"]
+
+    assert {digest(changes) for changes in ALIKE.values()} == {digest({})}
+    found = [digest({}), *(digest(changes) for changes in HASHED.values())]
+    assert len(set(found)) == len(found)
+
+
+def test_another_aggregator_of_an_ensemble_costs_no_new_scores(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "version_0")
+    worst = CONFIG["rewards"]["two"]["init_args"] | {"aggregator": "lit_rlhf.functional.aggregation.WorstCase"}
+    rewards = {"two": CONFIG["rewards"]["two"] | {"init_args": worst}}
+    assert bon(tmp_path, "--resume", "last", rewards=rewards, selectors={"total": {"reward": "two"}}) == 0
+    assert "scores by two: all" not in capsys.readouterr().out
+    members, gold = arrays(run)
+    expected = best_of_n(members.min(2), gold, [1, 2, 4, 8])
+    found = probes(tmp_path / "version_0", "total")
+    assert [row["gold"] for row in found] == pytest.approx(expected.gold.mean(1).tolist(), rel=1e-9)
+    assert [row["proxy"] for row in found] == pytest.approx(expected.proxy.mean(1).tolist(), rel=1e-6)
+
+
+def test_what_a_scorer_reads_is_compared_too(tmp_path):
+    references, router = tmp_path / "references.jsonl", tmp_path / "router"
+    router.mkdir()
+
+    def written(text):
+        references.write_text(text)
+        (router / "config.json").write_text(text)
+        return [source_of(TextOverlap(str(references))), source_of(Ensemble([Routed(str(router))]))]
+
+    first = written('{"prompt": "a", "response": "b"}')
+    assert written('{"prompt": "a", "response": "b"}') == first
+    assert all(new != old for new, old in zip(written('{"prompt": "a", "response": "c"}'), first, strict=True))
+
+
+class Routed(Scorer):
+    """Names a router as a DMoERM does."""
+
+    def __init__(self, router: str) -> None:
+        self.router = router
+
+    def score(self, prompts, responses, categories=None):
+        raise NotImplementedError
+
+
+def test_responses_are_read_once_however_many_selectors_there_are(run, tmp_path, monkeypatch):
+    """Once to see what is there, and once for numbers and places; texts that are shown are read by place."""
+    shutil.copytree(run, tmp_path / "version_0")
+    read, passes = Stream.placed, []
+
+    def counted(stream):
+        passes.append(stream.path.name)
+        return read(stream)
+
+    monkeypatch.setattr(Stream, "placed", counted)
+    selectors = {f"s{i}": {"reward": "two"} for i in range(5)}
+    assert bon(tmp_path, "--resume", "last", selectors=selectors) == 0
+    assert passes.count("responses.jsonl") == 2
+
+
 def test_uncertainty_without_weight_is_the_mean_from_config_to_record(run, tmp_path):
     shutil.copytree(run, tmp_path / "version_0")
     kind = "lit_rlhf.functional.aggregation.UncertaintyWeighted"
@@ -416,6 +507,8 @@ def test_a_stream_refuses_a_broken_line_inside(tmp_path):
     stream = Stream(tmp_path / "a.jsonl", {"x": (1, 2)})
     stream.append([{"i": i} for i in range(3)])
     assert [row["i"] for row in Stream(tmp_path / "a.jsonl", {"x": [1, 2]})] == [0, 1, 2]
+    places = [place for place, _ in stream.placed()]
+    assert [row["i"] for row in stream.at([places[2], places[0]])] == [2, 0]
     text = (tmp_path / "a.jsonl").read_text()
     (tmp_path / "a.jsonl").write_text(text.replace('{"i": 1}', '{"i": '))
     with pytest.raises(UserError, match=r"a\.jsonl, line 3: expected a JSON object"):
@@ -428,10 +521,12 @@ def test_a_stream_forgets_a_torn_line_of_any_length(tmp_path):
     path = tmp_path / "a.jsonl"
     Stream(path, {}).append([{"i": 0}])
     whole = path.read_bytes()
-    for torn in (b"{", b'{"i": 1}', b'{"long": "' + b"x" * 200_000):
+    for torn in (b"{", b'{"long": "' + b"x" * 200_000):
         path.write_bytes(whole + torn)
         assert list(Stream(path, {})) == [{"i": 0}]
         assert path.read_bytes() == whole
+    path.write_bytes(whole + b'{"i": 1}')  # all but its newline
+    assert list(Stream(path, {})) == [{"i": 0}, {"i": 1}]
     path.write_bytes(whole[:5])
     assert list(Stream(path, {})) == []
 

@@ -51,6 +51,60 @@ def test_a_line_torn_inside_a_letter(tmp_path):
     assert records.read(path) == [{"step": 0}, {"step": 5}]
 
 
+def test_a_long_file_is_mended_at_its_end_alone(tmp_path):
+    """Lines that are longer than what is read at once, and blocks that end in and beside a newline."""
+    path = tmp_path / records.PROBE
+    for size in (3 * records._BLOCK, records._BLOCK - 1, records._BLOCK, records._BLOCK + 1):
+        whole = b"".join(b'{"text": "%s"}\n' % (letter * size) for letter in (b"a", b"b"))
+        for torn in (b"", b"{", b'{"text": "' + b"c" * size):
+            path.write_bytes(whole + torn)
+            records.mend(path)
+            assert path.read_bytes() == whole
+        path.write_bytes(whole + b'{"text": "' + b"c" * size + b'"}')
+        records.mend(path)
+        assert [record["text"][0] for record in records.stream(path)] == ["a", "b", "c"]
+    path.write_bytes(b"{" * (2 * records._BLOCK))
+    records.mend(path)
+    assert path.read_bytes() == b""
+    records.mend(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_stream_gives_records_before_it_meets_a_broken_line(tmp_path):
+    path = tmp_path / records.PROBE
+    path.write_text('{"step": 0}\n\n{"step": 5}\n{"ste\n{"step": 9}\n')
+    found = records.stream(path)
+    assert [next(found), next(found)] == [{"step": 0}, {"step": 5}]
+    with pytest.raises(UserError, match=r"probe\.jsonl, line 4: expected a JSON object, got '{\"ste'"):
+        next(found)
+
+
+def test_records_are_found_again_by_place(tmp_path):
+    path = tmp_path / records.PROBE
+    rows = [{"text": text} for text in ("a", "é\n\u2028", "\ud800", "d")]
+    records.append(path, rows)
+    places = [place for place, _ in records.placed(path)]
+    assert list(records.at(path, [places[3], places[1], places[2], places[1]])) == [rows[3], rows[1], rows[2], rows[1]]
+
+
+def make(*files):
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+
+def test_files_come_by_folder_and_versions_as_people_count(tmp_path):
+    every = [tmp_path / "dpo" / f"version_{k}" / "x" for k in (1, 9, 10)]
+    make(*every, tmp_path / "b" / "x", tmp_path / "b" / "in" / "x")
+    assert records.files([tmp_path / "dpo"], "x") == every
+    by_shell = sorted(str(file.parent) for file in every)
+    assert by_shell[1].endswith("version_10")
+    assert records.files(by_shell, "x") == every
+    assert records.files([tmp_path / "b", tmp_path / "dpo", tmp_path / "b"], "x") == [tmp_path / "b" / "x", *every]
+    assert records.files([tmp_path / "dpo", tmp_path / "b"], "x") == [*every, tmp_path / "b" / "x"]
+    assert records.files([tmp_path], "nothing") == []
+
+
 def test_a_whole_last_line_without_its_newline_is_kept(tmp_path):
     path = tmp_path / records.PROBE
     path.write_text('{"step": 0}\n{"step": 5}')

@@ -163,6 +163,13 @@ def test_a_parent_folder_stands_for_its_runs_and_a_rerun_replaces(runs, tmp_path
     assert [run.folder for run in method.runs] == [later]
 
 
+def test_version_10_is_later_than_version_9(tmp_path):
+    runs = [make_run(tmp_path / f"version_{k}", seed=1, events=False, points=2) for k in (9, 10)]
+    for folders in ([tmp_path], runs, runs[::-1]):
+        (method,) = report.load(folders)
+        assert [run.folder for run in method.runs] == [runs[1]]
+
+
 def test_equal_labels_of_different_configurations_are_told_apart(tmp_path):
     make_run(tmp_path / "a", digest="1111111111")
     make_run(tmp_path / "b", digest="2222222222")

@@ -1,6 +1,7 @@
 """The report's section on reward models, and the summary that `predict` makes of pairs, from the command line."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,9 +81,27 @@ def test_the_section_is_rendered_and_escaped(runs, tmp_path, capsys):
     assert "poems" in text
     assert "Use of experts" in text
     assert "Policy samples" in text
+    for name in ("three seeds, validation, seed 0", "validation, seed 7", "test, seed 7"):  # whose figures follow
+        assert re.search(rf"<h3>[^<]*{name}</h3>\s*<div class=\"grid\">\s*<figure>", text)
+    assert "seed 1" not in text
+    assert text.count("<h3>Use of experts: ") == text.count(', seed 7</h3>\n<div class="box"') == 2
     for model in report_reward.load([runs]):
         assert model.share("accuracy") in text
         assert model.number("ece") in text
+
+
+def test_figures_are_of_the_seed_that_is_named(tmp_path):
+    from lit_rlhf import plots, plots_reward
+
+    for seed in (4, 3):
+        make_run(tmp_path / f"version_{4 - seed}", seed=seed, policy=False)
+    (model,) = report_reward.load([tmp_path])
+    assert model.seed == ", seed 4"
+    page, svgs = report_reward.section([model]), []
+    for record in model.records:
+        svg = plots.svg(plots_reward.reliability_figure(record), "Reliability of reward model 0")
+        svgs.append(svg in page)
+    assert svgs == [True, False]
 
 
 def test_policies_and_reward_models_share_a_report(runs, tmp_path):

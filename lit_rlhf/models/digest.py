@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 from torch import nn
@@ -11,7 +10,7 @@ from torch import nn
 from lit_rlhf.assets import resolve
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.loading import adapter_base
-from lit_rlhf.models.reward import FORM_FILE
+from lit_rlhf.models.reward import described
 
 HASHED = (".safetensors", ".bin", ".json", ".py")  # weights, configs, and code that comes with a model
 
@@ -47,11 +46,11 @@ def weights_digest(model: nn.Module) -> str:
 
 def _base(folder: Path) -> str | None:
     """Return the model outside the folder that its adapters, or those of its members, stand on."""
-    described = folder / FORM_FILE
-    base = adapter_base(str(folder))
-    if base is None and described.is_file():
-        base = json.loads(described.read_text(encoding="utf-8")).get("base")
-    return None if base is None or (folder / base).is_dir() else base
+    content = described(str(folder)) or {}
+    base = adapter_base(str(folder)) or content.get("base")
+    whole = content.get("body") == "backbones"  # names where its bodies came from, and needs that no more
+    member = base is not None and base in content.get("members", ())
+    return None if whole or member else base
 
 
 def _folder(path: str) -> Path:

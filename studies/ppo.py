@@ -60,11 +60,10 @@ def constraints(runs: Runs) -> list[str]:
     first = next(iter(runs.values()))
     lines = []
     for name in first[0]["constraints"] or {}:
-        values = {seed: [r["constraints"][name]["value"] for r in late(p, 2)] for seed, p in runs.items()}
-        threshold = first[-1]["constraints"][name]["threshold"]
-        ratios = [fmean(late(v, 2)) / threshold for v in values.values()]
-        swings = [pstdev(v) for v in values.values()]
-        lines.append(f"  {name}: late value / threshold {shown(ratios)}, of {threshold}; swing {shown(swings)}")
+        own = [[r["constraints"][name] for r in late(probes, 2)] for probes in runs.values()]
+        ratios = [fmean(c["value"] / c["threshold"] for c in late(found, 2)) for found in own]
+        swings, thresholds = [pstdev(c["value"] for c in found) for found in own], [c[-1]["threshold"] for c in own]
+        lines.append(f"  {name}: late value / threshold {shown(ratios)}, of {shown(thresholds)}; swing {shown(swings)}")
     return lines
 
 

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lit_rlhf.functional.curves import interval
@@ -61,14 +62,13 @@ def right_share(scorer: Scorer, rows: Sequence[Row]) -> float:
 
 
 def table(*files: str) -> None:
-    """Print accuracy by model over seeds, and its difference to DMoERM's."""
+    """Print accuracy by model over the seeds that have it, and its difference to DMoERM's in the same seeds."""
     seeds = [json.loads(Path(file).read_text()) for file in files]
-    print(f"{len(seeds)} seeds\n| model | accuracy | less DMoERM |\n|---|---|---|")
-    for name in sorted(seeds[0], key=lambda name: -sum(seed[name] for seed in seeds)):
-        cells = [[seed[name] for seed in seeds], [seed[name] - seed["dmoerm"] for seed in seeds]]
-        print(
-            f"| {name} | " + " | ".join(shown(cell, sign) for cell, sign in zip(cells, ("", "+"), strict=True)) + " |"
-        )
+    print("| model | seeds | accuracy | less DMoERM |\n|---|---|---|---|")
+    found = {name: [seed for seed in seeds if name in seed] for name in {name for seed in seeds for name in seed}}
+    for name, own in sorted(found.items(), key=lambda item: -fmean(seed[item[0]] for seed in item[1])):
+        accuracy, less = [seed[name] for seed in own], [seed[name] - seed["dmoerm"] for seed in own]
+        print(f"| {name} | {len(own)} | {shown(accuracy, '')} | {shown(less, '+')} |")
 
 
 def shown(values: Sequence[float], sign: str) -> str:

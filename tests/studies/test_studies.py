@@ -13,7 +13,7 @@ from lit_rlhf.data import PreferenceData, SFTData
 from lit_rlhf.models.backbone import Backbone
 from lit_rlhf.models.reward import RewardModel
 from lit_rlhf.types import Scorer, Scores
-from studies import dmoerm
+from studies import dmoerm, ppo
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -49,6 +49,27 @@ def test_the_share_of_right_pairs_counts_ties_half():
         {"prompt": "p", "category": None, "chosen": c, "rejected": r} for c, r in [("aa", "a"), ("a", "b"), ("", "a")]
     ]
     assert dmoerm.right_share(Length(), rows) == pytest.approx(1.5 / 3)
+
+
+def test_a_table_takes_each_model_over_the_seeds_that_have_it(tmp_path, capsys):
+    for seed, found in enumerate(({"dmoerm": 0.8, "one": 0.7}, {"dmoerm": 0.6, "one": 0.7, "late": 0.9})):
+        (tmp_path / f"{seed}.json").write_text(json.dumps(found))
+    dmoerm.table(*map(str, sorted(tmp_path.iterdir())))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| late ")
+    assert len(lines) == 5
+    assert "| late | 1 | 0.900 | +0.300 |" in lines
+    assert any(line.startswith("| one | 2 | 0.700 ± 0.000 | ") for line in lines)
+
+
+def test_what_a_ppo_run_did_by_hand():
+    """Gold rises to 0.4 and falls to 0.1 while KL goes 0, 2, 6: at 4 nats it is halfway."""
+    run = [{"kl_k1": kl, "gold_z": g, "gold": g, "proxy_z": p} for kl, g, p in ((0, 0, 0), (2, 0.4, 1), (6, 0.1, 3))]
+    assert ppo.gold_at(run, 4) == pytest.approx(0.25)
+    assert ppo.gold_at(run, 7) is None
+    assert ppo.fallen({0: run}) == 1
+    assert ppo.fallen({0: run[:2]}) == 0
+    assert ppo.peak_to_end({0: run}, "proxy_z") == [2]
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lit_rlhf import records, report_reward
+from lit_rlhf import records, report_constraints, report_reward
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional.curves import RESAMPLES, Curve, Estimate, Law, Outcome, curve_of, law_of, outcome, place
 from lit_rlhf.functional.overoptimization import Interval
@@ -184,6 +184,9 @@ def html(methods: Sequence[Method], title: str, rewards: Sequence[report_reward.
             for tag, lines in tags[:CURVES_SHOWN]
         ],
         left_out=[tag for tag, _ in tags[CURVES_SHOWN:]],
+        constraints=Markup(  # noqa: S704 - rendered by a template that escapes
+            report_constraints.section({method.label: [run.records for run in method.runs] for method in methods})
+        ),
         rewards=Markup(report_reward.section(rewards)),  # noqa: S704 - rendered by a template that escapes
         samples=[(method.label, _before_and_after(method.runs[0])) for method in methods],
     )
@@ -228,7 +231,7 @@ def _drop(o: Outcome) -> str:
 def _within(value: float | None, interval: Interval | None, style: str = ".2f") -> str:
     if value is None:
         return "none"
-    ends = ["∞" if math.isinf(end) else format(end, style) for end in interval or ()]
+    ends = ["∞" if math.isinf(end) else ">9999" if end > 9999 else format(end, style) for end in interval or ()]
     return format(value, style) + (f" [{', '.join(ends)}]" if ends else "")
 
 

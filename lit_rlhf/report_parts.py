@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from lit_rlhf.functional.curves import interval
+
 if TYPE_CHECKING:
     from jinja2 import Environment
 
@@ -30,6 +32,12 @@ def padded(lines: Sequence[Sequence[str]], *, left: int = 1, ruled: bool = True)
 def printable(text: str) -> str:
     """Return text that cannot move a terminal's cursor."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def over_seeds(values: Sequence[float], style: str = ".3f") -> str:
+    """Show the mean over seeds, with its 95 % interval where there are several."""
+    middle, half = interval(values)
+    return format(middle, style) + ("" if half is None else f" ± {format(half, style.removeprefix('+'))}")
 
 
 def environment() -> Environment:

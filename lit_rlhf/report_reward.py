@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_rlhf import records
-from lit_rlhf.functional.curves import interval
 from lit_rlhf.records import Record
-from lit_rlhf.report_parts import environment, padded
+from lit_rlhf.report_parts import environment, over_seeds, padded
 
 DRAWN = 8
 
@@ -42,12 +41,12 @@ class RewardRuns:
             return "-"
         if len(found) == 1:
             return f"{found[0]['value']:.3f} [{found[0]['low']:.3f}, {found[0]['high']:.3f}]"
-        return _over_seeds([entry["value"] for entry in found])
+        return over_seeds([entry["value"] for entry in found])
 
     def number(self, *path: str, style: str = ".3f") -> str:
         """Show a number, with its interval over seeds where there are several."""
         found = [_at(record, path) for record in self.records]
-        return "-" if any(value is None for value in found) else _over_seeds(found, style)
+        return "-" if any(value is None for value in found) else over_seeds(found, style)
 
     def shift(self) -> str:
         """Show how far a policy's samples lie from the data, in standard deviations."""
@@ -121,8 +120,3 @@ def _at(record: Mapping[str, Any], path: Sequence[str]) -> Any:
     for key in path:
         found = None if found is None else found.get(key)
     return found
-
-
-def _over_seeds(values: Sequence[float], style: str = ".3f") -> str:
-    middle, half = interval(values)
-    return format(middle, style) + ("" if half is None else f" ± {format(half, style.removeprefix('+'))}")

@@ -28,8 +28,10 @@ ROOMS = {
     "callbacks": {"errors", "types", "functional", "models", "records", "specs", "plots", "plots_reward"},
     "plots": {"errors", "functional", "records"},
     "plots_reward": {"plots"},
-    "report": {"errors", "functional", "records", "plots", "report_parts", "report_reward"},
-    "report_parts": set(),
+    "report": {"errors", "functional", "records", "plots", "report_parts", "report_constraints", "report_reward"},
+    "report_parts": {"functional"},
+    "report_constraints": {"records", "plots", "plots_constraints", "report_parts"},
+    "plots_constraints": {"records", "plots"},
     "report_reward": {"errors", "functional", "records", "plots", "plots_reward", "report_parts"},
     "judge": {"errors", "types", "records"},
 }
@@ -40,8 +42,10 @@ BANNED = {
     "report": {"torch", "lightning", "transformers"},
     "report_parts": {"torch", "lightning", "transformers"},
     "report_reward": {"torch", "lightning", "transformers"},
+    "report_constraints": {"torch", "lightning", "transformers"},
     "plots": {"torch", "lightning", "transformers"},
     "plots_reward": {"torch", "lightning", "transformers"},
+    "plots_constraints": {"torch", "lightning", "transformers"},
     "records": {"torch", "lightning", "transformers"},
     "judge": {"torch", "lightning", "transformers"},
 }

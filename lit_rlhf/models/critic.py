@@ -25,8 +25,7 @@ class Critic(nn.Module):
     """S values of the state before each response token, v_s = w_s . h + b_s.
 
     h is the last hidden state at the position that predicts the token, so a value never sees the token it is the
-    baseline of. Heads start normal with standard deviation 1 / sqrt(H + 1) and zero bias (Stiennon et al. 2020,
-    arXiv:2009.01325, appendix B.1, for reward heads), and work in float32.
+    baseline of. Heads start at zero, so that the first advantages are the rewards' own, and work in float32.
 
     Args:
         policy: whose states or frozen base are used by the forms "heads" and "lora".

@@ -110,7 +110,16 @@ class OnPolicyModule(PolicyModule):
             self.measure_scale([e.row.prompt for e in examples], [e.row.category for e in examples])
 
     def measure_scale(self, prompts: Sequence[Prompt], categories: Sequence[str | None] | None = None) -> None:
-        """Sample the policy as it is, the same prompts on all processes, and keep mean and spread of every reward."""
+        """Sample the policy as it is, the same prompts on all processes, and keep mean and spread of every reward.
+
+        Raises:
+            UserError: a process is left without a prompt.
+        """
+        if len(prompts) < world_size():
+            raise UserError(
+                f"{len(prompts)} prompts to measure the rewards' scale on {world_size()} processes; expected one each:"
+                " raise ppo.scale_samples or give more training prompts"
+            )
         own = range(rank(), len(prompts), world_size())
         kinds = None if categories is None else [categories[i] for i in own]
         rollout = self.sampled([prompts[i] for i in own], list(own), kinds, (0, 1))

@@ -21,7 +21,7 @@ from lit_rlhf.modules.objective import NegativeKL, Objective, Satisficing, Weigh
 from lit_rlhf.modules.on_policy import KL
 from lit_rlhf.modules.optimizer import planned_steps
 from lit_rlhf.modules.ppo_options import CriticOptions, PPOOptions
-from lit_rlhf.modules.ppo_streams import reward_streams, standardised_streams
+from lit_rlhf.modules.ppo_streams import reward_streams, score_columns, standardised_streams, stream_columns
 from lit_rlhf.modules.ppo_update import Totals, clip_gradients, micro_losses
 from lit_rlhf.modules.reduce import gathered, means, moments, summed, world_size
 from lit_rlhf.specs import build, build_optional
@@ -224,16 +224,14 @@ class PPOModule(ActorCriticModule):
             "objective/kl_k3": kl["k3"],
             "objective/scores": task,
             "objective/rlhf_reward": rewards[..., 0].sum(-1),
+            "objective/kl_penalty": float(self.progress.kl_coefficient) * kl["k1"],
             "objective/entropy": -logps.sum(-1),
             "objective/length": mask.sum(-1),
             "objective/ended": rollout.ended,
             "policy/sampler_mismatch": masked_mean((rollout.sampler_logps - logps).abs(), mask),
         }
-        for name, found in scores.items():
-            columns |= {f"objective/scores/{name}/raw": found.total, f"objective/scores/{name}/normalised": units[name]}
-            columns |= {f"objective/scores/{name}/clipped": clipped[name]}
-            if found.members is not None:
-                columns[f"objective/scores/{name}/members_std"] = found.members.std(-1, correction=0)
+        columns |= score_columns(scores, units, clipped)
+        columns |= stream_columns(["task", *self.multipliers.constraints], rewards, raw, values, mask)
         return experience, means(columns)
 
     def update_policy(

@@ -1,20 +1,21 @@
-"""The rewards of PPO's streams, the task's first, and their advantages on one scale."""
+"""The rewards of PPO's streams, the task's first, their advantages on one scale, and what is logged of both."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lit_rlhf.functional.disagreement import lowest
 from lit_rlhf.functional.policy_gradient import gae
 from lit_rlhf.functional.sequence import standardise
 from lit_rlhf.functional.shaping import kl_rewards, penalise_unended, terminal_rewards
 from lit_rlhf.modules.on_policy import KL
 from lit_rlhf.modules.ppo_options import PPOOptions
 from lit_rlhf.modules.reduce import moments
-from lit_rlhf.types import Rollout
+from lit_rlhf.types import Rollout, Scores
 
 if TYPE_CHECKING:
     from lit_rlhf.modules.ppo import PPOModule
@@ -50,3 +51,37 @@ def standardised_streams(options: PPOOptions, advantages: Tensor, rewards: Tenso
     scaled = standardise(advantages, mask, center=True, moments=own, floor=0.0)
     centred = standardise(advantages, mask, center=True, moments=own, floor=float("inf"))
     return torch.where(spread > options.floor, scaled, centred)
+
+
+def score_columns(
+    scores: Mapping[str, Scores], units: Mapping[str, Tensor], clipped: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return what is logged of each reward: as scored, in the run's units, clipped, and how its members differ."""
+    columns = {}
+    for name, found in scores.items():
+        own = {"raw": found.total, "normalised": units[name], "clipped": clipped[name]}
+        if found.members is not None:
+            own["members_std"] = found.members.std(-1, correction=0)
+            own |= {f"min_member/{k}": share for k, share in enumerate(lowest(found.members).T)}
+        columns |= {f"objective/scores/{name}/{kind}": column for kind, column in own.items()}
+    return columns
+
+
+def stream_columns(
+    names: Sequence[str], rewards: Tensor, advantages: Tensor, values: Tensor, mask: Tensor
+) -> dict[str, Tensor]:
+    """Return the sizes of each stream before anything is standardised, so that one that drowns the others is seen.
+
+    Args:
+        names: of the S streams.
+        rewards: [B, T, S].
+        advantages: [B, T, S].
+        values: [B, T, S], of the critic.
+        mask: [B, T].
+    """
+    columns = {}
+    for number, name in enumerate(names):
+        columns[f"stream/{name}/reward"] = rewards[..., number].sum(-1).abs()
+        columns[f"stream/{name}/advantage"] = advantages[..., number][mask].abs()
+        columns[f"stream/{name}/value"] = values[..., number][mask].abs()
+    return columns

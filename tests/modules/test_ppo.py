@@ -10,9 +10,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks import GoldProbe, PeakCheckpoint, Throughput
+from lit_rlhf.functional.aggregation import WorstCase
 from lit_rlhf.functional.constrained import AtLeast, AtMost, Equal
 from lit_rlhf.functional.control import AdaptiveKL, FixedKL
 from lit_rlhf.models.backbone import LoRA
+from lit_rlhf.models.scorers import Ensemble
 from lit_rlhf.modules.multipliers import Dual
 from lit_rlhf.modules.objective import NegativeKL, Satisficing, WeightedReward
 from lit_rlhf.modules.optimizer import Optimizer
@@ -198,6 +200,41 @@ def test_constraints_are_measured_unclipped_and_unpenalised(tiny_llama_path, tmp
     assert not rollout.ended.all()
     expected = metrics["objective/scores"] - 5.0 * (~rollout.ended).float().mean().item()
     assert metrics["objective/rlhf_reward"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_sizes_of_streams_are_logged_before_standardising(tiny_llama_path, tmp_path):
+    ppo, _, batch = ready(tiny_llama_path, tmp_path, constraints=[AtLeast("e", 0.0)], kl=FixedKL(0.0))
+    rollout = ppo.rollout(batch)
+    scores = ppo.score(rollout)
+    reference, values = ppo.judged(rollout)
+    mask = rollout.response_mask
+    ppo.judged = lambda _: (reference, mask[..., None] * torch.tensor([-2.0, 3.0]).expand(*values.shape))
+    _, metrics = ppo.advantages(batch.index, rollout, scores)
+    assert metrics["stream/task/value"] == pytest.approx(2)
+    assert metrics["stream/e/value"] == pytest.approx(3)
+    size = ppo.scale.to_units("e", scores["e"].total).abs().mean().item()
+    assert metrics["stream/e/reward"] == pytest.approx(size, rel=1e-5)
+    assert metrics["stream/e/advantage"] > 1.2  # far from one unit: the baseline is 3 off
+    assert metrics["objective/kl_penalty"] == 0
+
+
+def test_the_lowest_member_is_logged(tiny_llama_path, tmp_path):
+    """Of letters that a response counts, the one that it has least of."""
+    worst = Ensemble([Letters("a"), Letters("e")], aggregator=WorstCase())
+    ppo, _, batch = ready(tiny_llama_path, tmp_path, rewards={"both": worst})
+    rollout = ppo.rollout(batch)
+    members = ppo.score(rollout)["both"].members
+    _, metrics = ppo.advantages(batch.index, rollout, ppo.score(rollout))
+    less = ((members[:, 0] < members[:, 1]) + 0.5 * (members[:, 0] == members[:, 1])).mean().item()
+    assert 0 < less < 1
+    assert metrics["objective/scores/both/min_member/0"] == pytest.approx(less)
+    assert metrics["objective/scores/both/min_member/1"] == pytest.approx(1 - less)
+
+
+def test_a_process_without_a_prompt_is_told(tiny_llama_path, tmp_path):
+    ppo, _, _ = ready(tiny_llama_path, tmp_path)
+    with pytest.raises(UserError, match="0 prompts to measure the rewards' scale on 1 processes"):
+        ppo.measure_scale([])
 
 
 def test_values_per_token_weigh_long_responses(tiny_llama_path, tmp_path):

@@ -22,15 +22,20 @@ from torch import nn
 
 from callbacks import RewardDiagnostics
 from lit_rlhf.data import CategoryData, PhaseData
+from lit_rlhf.functional.aggregation import WorstCase
+from lit_rlhf.functional.constrained import AtLeast
+from lit_rlhf.functional.control import FixedKL
 from lit_rlhf.models.backbone import LoRA
 from lit_rlhf.models.moe import MoE
 from lit_rlhf.models.moe_scorer import MoERewardModel
 from lit_rlhf.models.router import Router
 from lit_rlhf.modules import RewardMoEModule, RouterModule
 from lit_rlhf.modules.moe_metrics import MoEMetrics
+from lit_rlhf.modules.objective import WeightedReward
 from lit_rlhf.modules.optimizer import Optimizer
 from lit_rlhf.modules.router import RouterMetrics
 from lit_rlhf.types import CategoryBatch, ExpertBatch, Sequences, Share, UserError
+from tests.modules.ppo_parts import ready
 
 OPTIMIZER = Optimizer(lr=1e-2, warmup_ratio=0.5, weight_decay=0.1)
 EPOCHS = {"router": 1, "task": 1, "capability": 1, "mixture": 2}
@@ -659,3 +664,24 @@ def test_a_pair_counts_as_right_when_the_better_answer_scores_higher_and_ties_co
 def test_the_phases_folder_is_written_inside_the_run(fitted):
     *_, folder = fitted
     assert sorted(p.name for p in Path(folder, "phases").iterdir()) == sorted(EPOCHS)
+
+
+def test_it_rewards_a_policy_alone_or_by_its_weakest_point(fitted, tiny_llama_path, tmp_path):
+    """The mixture is the task, the worst capability point a constraint; both come from one folder."""
+    _, _, _, _, folder = fitted
+    path = str(folder / "phases" / "mixture")
+    rewards = {"mixture": MoERewardModel(path, "oracle"), "weakest": MoERewardModel(path, "oracle", WorstCase())}
+    ppo, optimizer, batch = ready(
+        tiny_llama_path, tmp_path, rewards=rewards, objective=WeightedReward({"mixture": 1.0}),
+        constraints=[AtLeast("weakest", 0.2)], units="raw", kl=FixedKL(0.0),
+    )  # fmt: skip
+    rollout = ppo.rollout(batch)
+    experience, metrics = ppo.advantages(batch.index, rollout, ppo.score(rollout))
+    alone = rewards["mixture"].score(rollout.prompts, rollout.responses, rollout.categories).total
+    assert metrics["objective/scores"] == pytest.approx(alone.mean().item(), abs=1e-5)
+    weakest = rewards["weakest"].score(rollout.prompts, rollout.responses, rollout.categories).total
+    torch.testing.assert_close(experience.constraint_values[:, 0], weakest.float())
+    assert alone.std() > 0
+    before = [p.detach().clone() for p in ppo.policy.parameters()]
+    ppo.update_policy(experience, optimizer)
+    assert any(not torch.equal(a, b) for a, b in zip(before, ppo.policy.parameters(), strict=True))

@@ -74,7 +74,7 @@ def search_and_grid(searches: Runs, grid: dict[str, Runs]) -> list[str]:
         points = {name: gold(runs[seed]) for name, runs in grid.items() if seed in runs}
         if points:
             best = max(points, key=lambda name: points[name])
-            spent = sum(runs[seed][-1]["examples_seen"] for runs in grid.values())
+            spent = sum(runs[seed][-1]["examples_seen"] for runs in grid.values() if seed in runs)
             lines.append(
                 f"  seed {seed}: search {gold(probes):+.3f} with {probes[-1]['examples_seen']} episodes; {best}"
                 f" {points[best]:+.3f} with {spent}; mean of the grid {fmean(points.values()):+.3f}"

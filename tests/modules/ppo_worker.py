@@ -1,10 +1,10 @@
 """Trains PPO a few updates on this process's share and writes what happened; run alone or by torchrun.
 
-python -m tests.modules.ppo_worker OUT STRATEGY MODEL CASES      (STRATEGY: auto, ddp, fsdp; CASES with commas)
+python -m tests.modules.ppo_worker OUT STRATEGY MODEL CASES [KILL]     (STRATEGY: auto, ddp, fsdp; CASES with commas)
 python -m tests.modules.ppo_worker OUT resume MODEL CASE:KILL,...
 
-The second form trains every case in a process of its own, straight through into OUT/whole, and into OUT/parts with a
-SIGKILL after so many updates and again from the last checkpoint.
+With KILL a SIGKILL comes after so many updates; called again, the run goes on. The second form trains every case in a
+process of its own, through into OUT/whole, and into OUT/parts with a SIGKILL and again from the last checkpoint.
 """
 
 import json
@@ -166,14 +166,14 @@ def resume(out, model, cases):
         assert forked(parts, "auto", model, [name]) == 0
 
 
-def main(out, strategy, model, cases):
+def main(out, strategy, model, cases, kill=None):
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     if strategy == "resume":
         resume(out, model, cases.split(","))
     else:
-        write(out, strategy, model, cases.split(","))
+        write(out, strategy, model, cases.split(","), None if kill is None else int(kill))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:5])
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -14,18 +14,23 @@ ROOT = Path(__file__).parent.parent.parent
 CASES = ("plain", "xi", "xi-lora", "all-model", "minibatch", "cost", "mu-sat", "worst", "tuned", "long")
 
 
+TWO = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29671"]
+
+
+def work(launch, out, *arguments):
+    """Run the worker; return how it ended and what it said."""
+    command = [sys.executable, *launch, "-m", "tests.modules.ppo_worker", str(out), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    return done.returncode, done.stderr[-3000:]
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, tiny_llama_path):
     out = tmp_path_factory.mktemp("two")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    two = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29671"]
-    for strategy, launch in (("auto", []), ("ddp", two), ("fsdp", two)):
-        worker = ["-m", "tests.modules.ppo_worker", str(out), strategy, tiny_llama_path, ",".join(CASES)]
-        done = subprocess.run(
-            [sys.executable, *launch, *worker], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600,
-            check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+    for strategy, launch in (("auto", []), ("ddp", TWO), ("fsdp", TWO)):
+        code, said = work(launch, out, strategy, tiny_llama_path, ",".join(CASES))
+        assert code == 0, said
     return {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
 
 
@@ -67,3 +72,18 @@ def test_ranks_met_rollouts_of_different_lengths(results):
     assert len(first) == len(second) == 4
     assert any(a[1] != b[1] for a, b in zip(first, second, strict=True))
     assert any(a[0] != b[0] for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_killed_processes_go_on_as_if_nothing_had_happened(results, tiny_llama_path, tmp_path, strategy):
+    code, _ = work(TWO, tmp_path, strategy, tiny_llama_path, "xi", "2")
+    assert code != 0
+    assert not list(tmp_path.glob("*.json"))
+    code, said = work(TWO, tmp_path, strategy, tiny_llama_path, "xi")
+    assert code == 0, said
+    straight, resumed = results[f"{strategy}-0"]["xi"], json.loads((tmp_path / f"{strategy}-0.json").read_text())["xi"]
+    assert len(resumed["logged"]) == 2
+    for key in ("multipliers", "coefficient", "scale", "updates", "examples", "sum"):
+        assert resumed[key] == straight[key], key
+    for a, b in zip(straight["logged"][2:], resumed["logged"], strict=True):
+        assert {name: value for name, value in a.items() if name in b} == b

@@ -21,6 +21,7 @@ from lit_rlhf.report import table_text
 T = TypeVar("T")
 Runs = dict[int, list[Record]]  # seed to probes
 DISTANCES = (2, 5, 10, 20, 40)  # nats
+THIRDS = 3
 FALL = 0.3  # of the gain, which counts as over-optimised
 
 
@@ -47,6 +48,27 @@ def gold_at(probes: Sequence[Record], kl: float) -> float | None:
             share = (kl - before["kl_k1"]) / (after["kl_k1"] - before["kl_k1"])
             return float(before["gold_z"] + share * (after["gold_z"] - before["gold_z"]))
     return None
+
+
+def thirds(probes: Sequence[Record]) -> list[float]:
+    """Return mean gold in the first, second and last third of a run; the probe of step 0 is left out."""
+    golds = [r["gold_z"] for r in probes[1:]]
+    cuts = [round(len(golds) * i / 3) for i in range(4)]
+    return [fmean(golds[a:b]) for a, b in pairwise(cuts)]
+
+
+def fall(probes: Sequence[Record]) -> float:
+    """Return by how much gold ends below its highest probe."""
+    return max(float(r["gold_z"]) for r in probes) - float(probes[-1]["gold_z"])
+
+
+def falls_compared(single: Runs, ensemble: Runs) -> str:
+    """Return how much less gold falls on an ensemble than on one member, seed by seed."""
+    gains = {seed: fall(single[seed]) - fall(probes) for seed, probes in ensemble.items() if seed in single}
+    less = sum(gain > 0 for gain in gains.values())
+    one, worst = (shown([fall(runs[seed]) for seed in gains]) for runs in (single, ensemble))
+    paired = f"less by {shown(list(gains.values()))}, in {less} of {len(gains)}"
+    return f"fall {one} on one member, {worst} on the ensemble: {paired}"
 
 
 def gold_by_kl(runs: Runs) -> str:
@@ -113,7 +135,12 @@ def main(folder: str) -> None:
         print(f"{name}, {len(runs)} seeds: fallen by {FALL:.0%} of the gain or more in {fallen(runs)}")
         print(f"  late gold {shown([gold(p) for p in runs.values()])}, proxy from peak to end ", end="")
         print(shown(peak_to_end(runs, "proxy_z")))
+        parts = zip(*map(thirds, (p for p in runs.values() if len(p) > THIRDS)), strict=True)
+        print(f"  gold in thirds {', '.join(map(shown, parts))}")
         print("\n".join([f"  gold at {gold_by_kl(runs)}", *constraints(runs)]))
+    for ensemble in ("few_wco", "few_wco_kl"):
+        if found.get("few_single", {}).keys() & found.get(ensemble, {}).keys():
+            print(f"few_single, {ensemble}: {falls_compared(found['few_single'], found[ensemble])}")
     print("\n".join(search_and_grid(found.get("nelder_mead", {}), grid)))
 
 

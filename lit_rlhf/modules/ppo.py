@@ -9,23 +9,23 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lit_rlhf.functional.constrained import AtLeast, AtMost, Constraint, Equal
+from lit_rlhf.functional.constrained import Constraint
 from lit_rlhf.functional.control import FixedKL, KLController
-from lit_rlhf.functional.policy_gradient import gae, kl_estimates
-from lit_rlhf.functional.sequence import masked_mean, standardise
+from lit_rlhf.functional.policy_gradient import kl_estimates
+from lit_rlhf.functional.sequence import standardise
 from lit_rlhf.modules.actor_critic import ActorCriticModule
-from lit_rlhf.modules.experience import Experience, trimmed
-from lit_rlhf.modules.minibatches import RowTable
-from lit_rlhf.modules.multipliers import Dual, Kept, Multipliers
-from lit_rlhf.modules.objective import NegativeKL, Objective, Satisficing, WeightedReward
+from lit_rlhf.modules.experience import Experience
+from lit_rlhf.modules.multipliers import Dual, Multipliers
+from lit_rlhf.modules.objective import NegativeKL, Objective
 from lit_rlhf.modules.on_policy import KL
 from lit_rlhf.modules.optimizer import planned_steps
+from lit_rlhf.modules.ppo_experience import judge
+from lit_rlhf.modules.ppo_learning import learn
 from lit_rlhf.modules.ppo_options import CriticOptions, PPOOptions
-from lit_rlhf.modules.ppo_streams import reward_streams, score_columns, standardised_streams, stream_columns
-from lit_rlhf.modules.ppo_update import Totals, clip_gradients, micro_losses
-from lit_rlhf.modules.reduce import gathered, means, moments, summed, world_size
+from lit_rlhf.modules.ppo_progress import Progress, method_of
+from lit_rlhf.modules.reduce import gathered, moments, summed
 from lit_rlhf.specs import build, build_optional
-from lit_rlhf.types import Rollout, Sampling, Scorer, Scores, SequenceBatch, Sequences, Share, UserError
+from lit_rlhf.types import Rollout, Sampling, Scorer, Scores, SequenceBatch, Share, UserError
 
 SUSPICIOUS = 5  # updates in a row with a negative mean KL, after which it is no chance
 
@@ -95,7 +95,7 @@ class PPOModule(ActorCriticModule):
         self.progress = Progress(self.kl.coefficient)
         self.share: Share | None = None
         self._below_zero = 0
-        self.method = _method(self.objective, kept, self.dual)
+        self.method = method_of(self.objective, kept, self.dual)
         self.keep_hyper_parameters(
             rewards=self.rewards or None, objective=self.objective, constraints=kept or None, dual=self.dual,
             ppo=self.ppo, kl=self.kl, critic=self.critic_options, sampling=self.sampling, units=units,
@@ -125,7 +125,8 @@ class PPOModule(ActorCriticModule):
         return 1 + len(self.multipliers)
 
     @property
-    def _mixes_standardised(self) -> bool:
+    def mixes_standardised(self) -> bool:
+        """Whether streams are standardised each by itself, before they are mixed."""
         return self.ppo.standardise and self.dual.form == "mixed"
 
     @property
@@ -201,38 +202,7 @@ class PPOModule(ActorCriticModule):
         Returns:
             What to learn from, and means over all processes to log.
         """
-        mask, logps = rollout.response_mask, rollout.token_logps
-        reference, values = self.judged(rollout)
-        units = {name: self.scale.to_units(name, found.total) for name, found in scores.items()}
-        clipped = {name: x if self.clip_scores is None else _clip(x, self.clip_scores) for name, x in units.items()}
-        rewards = reward_streams(self, clipped, rollout, reference)
-        raw, targets = gae(rewards, values, mask, self.ppo.gamma, self.ppo.gae_lambda)
-        kl = kl_estimates(logps, reference, mask)
-        episode = [kl["k1"] if name == KL else units[name] for name in self.multipliers.constraints]
-        experience = Experience(
-            index=index.to(self.device),
-            sequences=rollout.sequences,
-            behaviour_logps=logps,
-            values=values,
-            advantages=standardised_streams(self.ppo, raw, rewards, mask) if self._mixes_standardised else raw,
-            targets=targets,
-            constraint_values=torch.stack([x.float() for x in episode], -1) if episode else kl["k1"][:, None][:, :0],
-        )
-        task = self.objective.combine(clipped)
-        columns = {
-            "objective/kl": kl["k1"],
-            "objective/kl_k3": kl["k3"],
-            "objective/scores": task,
-            "objective/rlhf_reward": rewards[..., 0].sum(-1),
-            "objective/kl_penalty": float(self.progress.kl_coefficient) * kl["k1"],
-            "objective/entropy": -logps.sum(-1),
-            "objective/length": mask.sum(-1),
-            "objective/ended": rollout.ended,
-            "policy/sampler_mismatch": masked_mean((rollout.sampler_logps - logps).abs(), mask),
-        }
-        columns |= score_columns(scores, units, clipped)
-        columns |= stream_columns(["task", *self.multipliers.constraints], rewards, raw, values, mask)
-        return experience, means(columns)
+        return judge(self, index, rollout, scores)
 
     def update_policy(
         self, experience: Experience, optimizer: Any, demonstrations: SequenceBatch | None = None
@@ -252,36 +222,7 @@ class PPOModule(ActorCriticModule):
         """
         if self.ppo.ptx_coefficient and demonstrations is None:
             raise UserError("ppo.ptx_coefficient > 0 needs demonstrations; expected data.sft to name some")
-        demonstrations = demonstrations if self.ppo.ptx_coefficient else None
-        extra = None if demonstrations is None else demonstrations.sequences.response_lengths
-        table = RowTable.gather(experience.index, experience.mask.sum(-1), extra)
-        self.share = Share(*(torch.tensor(x / world_size()) for x in (len(table.rows), table.tokens)))
-        unmeasured = [] if self.ppo.entropy_coefficient else ["policy/entropy"]
-        totals = Totals(unmeasured if demonstrations is not None else [*unmeasured, "loss/ptx"])
-        advantages = self.mixed(experience)
-        for epoch in range(self.ppo.epochs):
-            order = (self.run_seed, self.updates, epoch)
-            for minibatch in table.minibatches(order, self.ppo.minibatches, self.ppo.micro_batch_size):
-                optimizer.zero_grad()
-                sums = torch.zeros_like(totals.sums, device=self.device)
-                for part in minibatch.passes:
-                    demo = None if demonstrations is None else _rows_of(demonstrations.sequences, part.rows)
-                    loss, found = micro_losses(
-                        self, experience.rows(part.rows), advantages[list(part.rows)], demo, minibatch
-                    )
-                    self.backward_pass(loss * (world_size() * part.counts))
-                    sums += found * part.counts
-                if not totals.add(summed(sums), minibatch, self.ppo.stop_at_kl, self.updates):
-                    optimizer.zero_grad()
-                    return totals.metrics()
-                totals.norm(clip_gradients(optimizer, self.ppo.max_grad_norm))
-                optimizer.step()
-                if self.dual.every == "minibatch":
-                    own = [row for part in minibatch.passes if part.counts for row in part.rows]
-                    self.multipliers.update(self.constraint_values(experience, own))
-                    advantages = self.mixed(experience)
-        optimizer.zero_grad()
-        return totals.metrics()
+        return learn(self, experience, optimizer, demonstrations if self.ppo.ptx_coefficient else None)
 
     def update_multipliers(self, experience: Experience) -> dict[str, float]:
         """Step the multipliers on the means of all episodes of all processes; return what to log."""
@@ -313,7 +254,7 @@ class PPOModule(ActorCriticModule):
     def mixed(self, experience: Experience) -> Tensor:
         """Return the advantages [B, T] that the policy learns from, at the multipliers of now."""
         mixed, mask = self.multipliers.mix(experience.advantages), experience.mask
-        if self._mixes_standardised or not self.ppo.standardise:
+        if self.mixes_standardised or not self.ppo.standardise:
             return mixed
         return standardise(mixed, mask, center=True, moments=moments(mixed, mask), floor=self.ppo.floor)
 
@@ -355,35 +296,3 @@ class PPOModule(ActorCriticModule):
     def start(self, name: str) -> float:
         """Return the value of a reward, or of "kl", at step 0, in the run's units; tolerances are measured from it."""
         return 0.0 if name == KL else self.scale.start(name)
-
-
-class Progress(Kept):
-    """What a run has done: updates, responses learnt from, and where the KL coefficient stands."""
-
-    def __init__(self, kl_coefficient: float) -> None:
-        super().__init__()
-        self.updates: Tensor
-        self.examples: Tensor
-        self.kl_coefficient: Tensor
-        self.register_buffer("updates", torch.tensor(0))
-        self.register_buffer("examples", torch.tensor(0))
-        self.register_buffer("kl_coefficient", torch.tensor(float(kl_coefficient)))
-
-
-def _method(objective: Objective, constraints: Sequence[Constraint], dual: Dual) -> str:
-    """Name the method as its config is called, where it is one of the known ones."""
-    kinds = {type(constraint) for constraint in constraints}
-    if not kinds:
-        return "ppo_sat" if isinstance(objective, Satisficing) else "ppo"
-    if dual.form == "mixed" and isinstance(objective, NegativeKL) and kinds in ({AtLeast}, {Equal}):
-        return "ppo_mu" if kinds == {AtLeast} else "ppo_xi"
-    known = dual.form == "mixed" and isinstance(objective, WeightedReward) and kinds == {AtMost}
-    return "ppo_all" if known else "ppo_lagrangian"
-
-
-def _clip(x: Tensor, bound: float) -> Tensor:
-    return x.clamp(-bound, bound)
-
-
-def _rows_of(sequences: Sequences, rows: Sequence[int]) -> Sequences:
-    return trimmed(sequences, torch.tensor(list(rows), device=sequences.ids.device))[0]

@@ -57,7 +57,7 @@ def score_columns(
     scores: Mapping[str, Scores], units: Mapping[str, Tensor], clipped: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return what is logged of each reward: as scored, in the run's units, clipped, and how its members differ."""
-    columns = {}
+    columns: dict[str, Tensor] = {}
     for name, found in scores.items():
         own = {"raw": found.total, "normalised": units[name], "clipped": clipped[name]}
         if found.members is not None:

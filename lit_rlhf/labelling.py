@@ -17,9 +17,10 @@ def label_pairs(
     """Return the pairs with `chosen` the one that `gold` scores higher, except in a share `noise` of them.
 
     Exactly round(noise x pairs) labels are flipped, drawn once from a generator of their own; every row keeps
-    `flipped` and both gold scores. Pairs with equal scores carry no preference and are left out. `aspects`, `votes`
-    and `scores` turn with the responses; a `margin`, which measured another label, is dropped. A share `aspect_noise`
-    of all aspects that say 1 or -1 is flipped too, whatever the pair's own label.
+    `flipped` and both gold scores. Pairs with equal scores carry no preference and are left out. `aspects`,
+    `aspects_soft`, `votes` and `scores` turn with the responses; a `margin`, which measured another label, is dropped.
+    A share `aspect_noise` of all aspects that say 1 or -1 is flipped too, with its `aspects_soft`, whatever the pair's
+    own label.
 
     Raises:
         UserError: a noise outside [0, 0.5].

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ _UNITS = {
     "loss": "loss", "loss/preference": "loss", "loss/sft": "beta x eta x nats", "rewards/chosen": "beta x nats",
     "rewards/rejected": "beta x nats", "rewards/margins": "beta x nats", "rewards/accuracies": "share of pairs",
     "logps/chosen": "nats per response", "logps/rejected": "nats per response", "reward/accuracy": "share of pairs",
-    "reward/margin": "score", "reward/mean": "score", "reward/std": "score", "ensemble/std": "score",
-    "objective/kl": "nats per response", "objective/entropy": "nats per token", "objective/scores": "score",
+    "reward/margin": "score", "reward/mean": "score", "reward/std": "score", "ensemble/std": "standard deviations",
+    "objective/kl": "nats per response", "objective/entropy": "nats per response", "objective/scores": "score",
     "objective/rlhf_reward": "score", "policy/clipfrac": "share of tokens", "policy/approxkl": "nats per token",
     "perf/tokens_per_second": "tokens per second", "perf/samples_per_second": "examples per second",
 }  # fmt: skip
@@ -68,10 +68,12 @@ class Method:
     Args:
         label: name for people, different for each method of a report.
         runs: one for each seed, at least one.
+        replaced: folders of runs that are left out, since a later one has the same seed.
     """
 
     label: str
     runs: list[Run]
+    replaced: list[Path] = field(default_factory=list)
 
     @cached_property
     def curve(self) -> Curve:
@@ -93,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
     """Write a report of run folders and print its table.
 
     Raises:
-        UserError: a folder holds no probe records.
+        UserError: a folder holds neither probe nor reward records.
     """
     parser = argparse.ArgumentParser(prog="train.py report", description="Run folders to one self-contained HTML file.")
     parser.add_argument(
@@ -105,6 +107,8 @@ def main(argv: Sequence[str]) -> None:
     methods, rewards = load(options.folders), report_reward.load(options.folders)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(html(methods, options.title, rewards), encoding="utf-8", errors="replace")
+    for folder in (folder for method in methods for folder in method.replaced):
+        print(f"left out, since a later run has its label, configuration and seed: {folder}")
     if methods:
         print(_text([method.outcome for method in methods]))
     if rewards:
@@ -116,7 +120,7 @@ def table_text(folders: Sequence[str | Path]) -> str:
     """Return the table of methods as plain text, from the same folders that `main` takes.
 
     Raises:
-        UserError: a folder holds no probe records.
+        UserError: a folder holds neither probe nor reward records.
     """
     return _text([method.outcome for method in load(folders)])
 
@@ -127,9 +131,10 @@ def load(folders: Sequence[str | Path]) -> list[Method]:
     A folder without records stands for all run folders under it. Of two runs with one seed the later one counts.
 
     Raises:
-        UserError: a folder does not exist, or neither it nor one under it holds a probe record.
+        UserError: a folder does not exist, or neither it nor one under it holds probe or reward records.
     """
     groups: dict[tuple[str, str], list[Run]] = {}
+    replaced: dict[tuple[str, str], list[Path]] = {}
     for folder in folders:
         _holds_records(Path(folder))
     for folder in (file.parent for file in records.files(folders, records.PROBE)):
@@ -138,11 +143,14 @@ def load(folders: Sequence[str | Path]) -> list[Method]:
             raise UserError(f"{folder / records.PROBE}: expected at least one probe record, found none")
         last = run.records[-1]
         label = str(last.get("label") or last.get("method") or folder.name)
-        group = groups.setdefault((label, str(last.get("config_hash"))), [])
-        group[:] = [other for other in group if run.seed is None or other.seed != run.seed] + [run]
+        key = (label, str(last.get("config_hash")))
+        group = groups.setdefault(key, [])
+        same = [other for other in group if run.seed is not None and other.seed == run.seed]
+        replaced.setdefault(key, []).extend(other.folder for other in same)
+        group[:] = [other for other in group if other not in same] + [run]
     labels = [label for label, _ in groups]
     return [
-        Method(label if labels.count(label) == 1 else f"{label} ({digest[:6]})", runs)
+        Method(label if labels.count(label) == 1 else f"{label} ({digest[:6]})", runs, replaced[label, digest])
         for (label, digest), runs in groups.items()
     ]
 

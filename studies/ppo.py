@@ -63,12 +63,20 @@ def fall(probes: Sequence[Record]) -> float:
 
 
 def falls_compared(single: Runs, ensemble: Runs) -> str:
-    """Return how much less gold falls on an ensemble than on one member, seed by seed."""
-    gains = {seed: fall(single[seed]) - fall(probes) for seed, probes in ensemble.items() if seed in single}
-    less = sum(gain > 0 for gain in gains.values())
-    one, worst = (shown([fall(runs[seed]) for seed in gains]) for runs in (single, ensemble))
-    paired = f"less by {shown(list(gains.values()))}, in {less} of {len(gains)}"
-    return f"fall {one} on one member, {worst} on the ensemble: {paired}"
+    """Return how much less gold falls on an ensemble than on one member, seed by seed, and its lead at equal KL."""
+    seeds = sorted(single.keys() & ensemble.keys())
+    gains = [fall(single[seed]) - fall(ensemble[seed]) for seed in seeds]
+    one, worst = (shown([fall(runs[seed]) for seed in seeds]) for runs in (single, ensemble))
+    less = f"fall {one} on one member, {worst} on the ensemble: less by {shown(gains)}, in {_share(gains)}"
+    for kl in DISTANCES:
+        pairs = [(gold_at(single[seed], kl), gold_at(ensemble[seed], kl)) for seed in seeds]
+        more = [b - a for a, b in pairs if a is not None and b is not None]
+        less += f"; at {kl} nats gold is higher by {shown(more)}, in {_share(more)}" if more else ""
+    return less
+
+
+def _share(gains: Sequence[float]) -> str:
+    return f"{sum(gain > 0 for gain in gains)} of {len(gains)}"
 
 
 def gold_by_kl(runs: Runs) -> str:

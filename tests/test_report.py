@@ -161,6 +161,17 @@ def test_a_parent_folder_stands_for_its_runs_and_a_rerun_replaces(runs, tmp_path
     later = make_run(tmp_path / "b", seed=1)
     (method,) = report.load([tmp_path])
     assert [run.folder for run in method.runs] == [later]
+    assert method.replaced == [tmp_path / "a"]
+
+
+def test_a_replaced_run_is_named(tmp_path, capsys):
+    for name in ("a", "b"):
+        make_run(tmp_path / name, seed=1, events=False, points=3)
+    make_run(tmp_path / "c", seed=2, events=False, points=3)
+    report.main([str(tmp_path), "-o", str(tmp_path / "report.html")])
+    said = f"a later run has its label, configuration and seed: {tmp_path}"
+    assert [line for line in capsys.readouterr().out.splitlines() if said in line] == [f"left out, since {said}/a"]
+    assert (tmp_path / "report.html").read_text().count(said) == 1
 
 
 def test_version_10_is_later_than_version_9(tmp_path):

@@ -74,7 +74,7 @@ class Asker:
         try:
             from openai import AsyncOpenAI
         except ImportError as error:
-            raise UserError("a judge is asked through `openai`; pip install 'lit-rlhf[judge]'") from error
+            raise UserError("a judge is asked through `openai`; install the extra `judge`, or openai>=2") from error
         # a further try is ours to make: it is counted, shown, and covers answers that are no chat completion
         client = AsyncOpenAI(
             base_url=self.options.url,

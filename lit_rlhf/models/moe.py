@@ -48,7 +48,7 @@ class MoE(nn.Module):
     Attributes:
         categories: names in order.
         points: category to names in order.
-        score_mean: [3, C], mean score on reference responses, a row for each of `INNERS`; 0 until set.
+        score_mean: [3, C], mean score on held-out responses of the data, a row for each of `INNERS`; 0 until set.
         score_std: [3, C], their standard deviation; 1 until set.
         point_mean: [P], the same for the points, one category's after the other's.
         point_std: [P], the same.
@@ -158,7 +158,7 @@ class MoE(nn.Module):
         return self.mixture(states, category) if inner == "mixture" else points.nanmean(1), points
 
     def standardised(self, total: Tensor, category: Tensor, inner: Inner) -> Tensor:
-        """Bring raw scores [N] of different categories to one scale: mean 0 and spread 1 on reference responses."""
+        """Bring raw scores [N] of different categories to one scale: mean 0, spread 1 on held-out responses."""
         level = INNERS.index(inner)
         return (total - self.score_mean[level][category]) / self.score_std[level][category]
 

@@ -88,7 +88,7 @@ class EnsembleRewardModel(Scorer):
 
     total = aggregator(members),    members_k = (score_k - mean_k) / std_k unless `raw`
 
-    Mean and standard deviation are those that each member keeps of its scores on held-out reference responses, so
+    Mean and standard deviation are those that each member keeps of its scores on held-out responses of the data, so
     that offsets and scales between members do not pass for disagreement.
 
     Args:

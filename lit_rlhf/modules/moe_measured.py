@@ -55,8 +55,8 @@ class MeasuredMoE(PhasedModule):
 
         Returns:
             `scores`: a function that gives those of the 2B rows, chosen first, on the scale that the whole validation
-            finds, as `routing` says once the mixture trains, until then by the row's own category; their parts
-            `gate/CATEGORY` are the weights. `logits`: [B], of the probability that `chosen` is the better one.
+            finds, as `routing` says where the score reached is that of `inner`, else by the row's own category; their
+            parts `gate/CATEGORY` are the weights. `logits`: [B], of the probability that `chosen` is the better one.
         """
         assert self.moe is not None
         if isinstance(batch, CategoryBatch):

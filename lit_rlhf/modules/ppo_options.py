@@ -27,7 +27,8 @@ class PPOOptions:
         max_grad_norm: gradients are scaled down to this norm, policy and critic apart; None does not.
         stop_at_kl: end the update when a minibatch has moved this far from the behaviour policy, nats a token; None
             does not look.
-        standardise: scale advantages to mean 0 and variance 1 over all tokens of the update, each stream alone.
+        standardise: scale advantages to mean 0 and variance 1 over all tokens of the update, each stream alone; with
+            `dual.form` reward_minus_cost, their mix.
         floor: streams whose returns spread less than this, in their units, are only centred.
         unended_penalty: taken off the task's score of responses that ran into the limit; >= 0, in the run's units.
         ptx_coefficient: weight of the demonstrations' loss (nats a token), where the data bring any; >= 0.

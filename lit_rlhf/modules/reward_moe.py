@@ -50,7 +50,8 @@ class RewardMoEModule(MeasuredMoE):
         start: folder to start from: `phases/NAME` of a run, or an export.
         form: "shared" (one frozen body, an adapter a category) or "backbones" (the paper's body a category).
         inner: "mixture"; "mean" of the points in place of the MLP; "none" for phase 1's score alone.
-        routing: of validation, tests and `score` once the mixture trains: "router", "soft" (top two) or "oracle".
+        routing: "router", "soft" (top two) or "oracle"; of validation and tests where the score reached is that of
+            `inner`, and of `score` once there is a trained router.
         router: folder of a trained router, in place of training one; it also routes training rows without a category.
         lrs: phase to learning rate; `optimizer.lr` for the others.
         l2: weight of the squared scores; 0.001 in 2310.02743.

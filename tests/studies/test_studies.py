@@ -74,14 +74,15 @@ def test_what_a_ppo_run_did_by_hand():
 
 def test_thirds_and_falls_of_ppo_runs_by_hand():
     def golds(*values):
-        return [{"gold_z": value} for value in values]
+        return [{"gold_z": value, "kl_k1": 2.0 * step} for step, value in enumerate(values)]
 
     assert ppo.thirds(golds(9, 1, 3, 5, 5, 0, 2)) == [2, 5, 1]  # step 0 is left out
     assert ppo.fall(golds(0, 3, 1)) == 2
     single, ensemble = {1: golds(0, 3, 1), 2: golds(0, 4, 0)}, {1: golds(0, 1, 1), 2: golds(0, 5, 0)}
     expected = "fall +3.000 ± 12.706 on one member, +2.500 ± 31.765 on the ensemble: less by +0.500 ± 19.059, in 1 of 2"
-    assert ppo.falls_compared(single, ensemble) == expected
-    assert ppo.falls_compared(single | {3: golds(0, 9)}, ensemble) == expected
+    found = ppo.falls_compared(single, ensemble)
+    assert found == f"{expected}; at 2 nats gold is higher by -0.500 ± 19.059, in 1 of 2"
+    assert ppo.falls_compared(single | {3: golds(0, 9)}, ensemble) == found
 
 
 @torch.no_grad()

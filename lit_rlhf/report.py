@@ -20,6 +20,7 @@ from lit_rlhf.report_parts import environment, padded
 SAMPLES_SHOWN = 6
 CURVES_SHOWN = 24
 POINTS_SHOWN = 400
+HUGE = 9999
 _UNITS = {
     "loss": "loss", "loss/preference": "loss", "loss/sft": "beta x eta x nats", "rewards/chosen": "beta x nats",
     "rewards/rejected": "beta x nats", "rewards/margins": "beta x nats", "rewards/accuracies": "share of pairs",
@@ -239,8 +240,13 @@ def _drop(o: Outcome) -> str:
 def _within(value: float | None, interval: Interval | None, style: str = ".2f") -> str:
     if value is None:
         return "none"
-    ends = ["∞" if math.isinf(end) else ">9999" if end > 9999 else format(end, style) for end in interval or ()]
-    return format(value, style) + (f" [{', '.join(ends)}]" if ends else "")
+    ends = [_number(end, style) for end in interval or ()]
+    return _number(value, style) + (f" [{', '.join(ends)}]" if ends else "")
+
+
+def _number(value: float, style: str) -> str:
+    """Show a fitted number; so far out that no data speak of it, it is only said to be large."""
+    return "∞" if math.isinf(value) else ">9999" if value > HUGE else format(value, style)
 
 
 def _text(outcomes: Sequence[Outcome]) -> str:

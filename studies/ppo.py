@@ -146,7 +146,7 @@ def main(folder: str) -> None:
         parts = zip(*map(thirds, (p for p in runs.values() if len(p) > THIRDS)), strict=True)
         print(f"  gold in thirds {', '.join(map(shown, parts))}")
         print("\n".join([f"  gold at {gold_by_kl(runs)}", *constraints(runs)]))
-    for ensemble in ("few_wco", "few_wco_kl"):
+    for ensemble in ("few_wco", "few_uwo", "few_wco_kl"):
         if found.get("few_single", {}).keys() & found.get(ensemble, {}).keys():
             print(f"few_single, {ensemble}: {falls_compared(found['few_single'], found[ensemble])}")
     print("\n".join(search_and_grid(found.get("nelder_mead", {}), grid)))

@@ -3,6 +3,7 @@
 # beside the search for them; `few` takes the reward models that best_of_n.smk trained from 1,000 pairs, by its seeds.
 # python -m snakemake --snakefile studies/ppo.smk --cores 2 --config seeds="[81, 82, 83, 84, 85]" out=runs/ppo_study
 # python -m studies.ppo runs/ppo_study
+import json
 import sys
 
 OUT = config.get("out", "runs/ppo_study")
@@ -21,16 +22,24 @@ RUNS = {
 }
 WEAK = config.get("ensembles", "runs/best_of_n")  # where best_of_n.smk trained five members from 1,000 pairs a seed
 MEMBERS = f"{WEAK}/seed{{seed}}/reward_ensemble/version_0/hf"
-WORST = (
-    '{{"ensemble": {{"class_path": "lit_rlhf.models.scorers.EnsembleRewardModel", "init_args": {{"path": "'
-    + MEMBERS
-    + '", "aggregator": {{"class_path": "lit_rlhf.functional.aggregation.WorstCase"}}}}}}}}'
-)
+RULES = {"wco": {"class_path": "lit_rlhf.functional.aggregation.WorstCase"}}
+RULES["uwo"] = {"class_path": "lit_rlhf.functional.aggregation.UncertaintyWeighted", "init_args": {"coefficient": 0.5}}
+
+
+def ensemble(rule):
+    """Return the rewards of a config: the five members under a rule, as JSON for str.format."""
+    arguments = {"path": "MEMBERS", "aggregator": RULES[rule]}
+    scorer = {"class_path": "lit_rlhf.models.scorers.EnsembleRewardModel", "init_args": arguments}
+    text = json.dumps({"ensemble": scorer}).replace("{", "{{").replace("}", "}}")
+    return text.replace("MEMBERS", MEMBERS)
+
+
+FEW_RUN = "--trainer.max_steps 400 --model.init_args.rewards"
 FEW = {
-    "few_single": f"configs/ppo.yaml --trainer.max_steps 400 --model.init_args.rewards.proxy.init_args.path {MEMBERS}/member-0",
-    "few_wco": f"configs/ppo_ensemble.yaml --trainer.max_steps 400 --model.init_args.rewards '{WORST}'",
-    "few_wco_kl": f"configs/ppo_ensemble.yaml --trainer.max_steps 400 --model.init_args.rewards '{WORST}'"
-    " --model.init_args.kl.init_args.coefficient 0.1",
+    "few_single": f"configs/ppo.yaml {FEW_RUN}.proxy.init_args.path {MEMBERS}/member-0",
+    "few_wco": f"configs/ppo_ensemble.yaml {FEW_RUN} '{ensemble('wco')}'",
+    "few_uwo": f"configs/ppo_ensemble.yaml {FEW_RUN} '{ensemble('uwo')}'",
+    "few_wco_kl": f"configs/ppo_ensemble.yaml {FEW_RUN} '{ensemble('wco')}' --model.init_args.kl.init_args.coefficient 0.1",
 }
 THRESHOLDS = ("0.4", "0.8", "1.2")
 POINTS = [f"grid_{first}_{second}" for first in THRESHOLDS for second in THRESHOLDS]

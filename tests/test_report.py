@@ -143,6 +143,15 @@ def test_laws_come_with_intervals_and_rivals(runs, page):
     assert "Which law predicts best" in text
     assert report._within(1.0, (0.5, math.inf)) == "1.00 [0.50, ∞]"
     assert report._within(None, None) == "none"
+    assert report._within(4e14, (-1e5, 4e17), ".1f") == ">9999 [-100000.0, >9999]"
+
+
+def test_a_peak_outside_the_data_is_marked(tmp_path):
+    runs = [make_run(tmp_path / "far", beta=0.05, events=False), make_run(tmp_path / "near", label="near", beta=0.9)]
+    methods = report.load(runs)
+    assert [method.law.fit.extrapolated for method in methods] == [True, False]
+    text = report.html(methods, "title")
+    assert len(re.findall(r"\] \*</td>", text)) == 1
 
 
 def test_a_run_that_gained_nothing_says_so(tmp_path):

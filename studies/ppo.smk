@@ -12,6 +12,8 @@ GRID_SEEDS = config.get("grid_seeds", SEEDS)
 TRAIN = f"OMP_NUM_THREADS=1 {sys.executable} train.py"
 RUNS = {
     "single": "configs/ppo.yaml --model.init_args.rewards.proxy.init_args.path builtin:proxy-{proxy}",
+    "single_kl": "configs/ppo.yaml --model.init_args.rewards.proxy.init_args.path builtin:proxy-{proxy}"
+    " --model.init_args.kl.init_args.coefficient 0.1",
     "wco": "configs/ppo_ensemble.yaml",
     "wco_kl": "configs/ppo_ensemble.yaml --model.init_args.kl.init_args.coefficient 0.1",
     "mu": "configs/ppo_mu.yaml",

@@ -24,7 +24,7 @@ def snakemake(*arguments):
 
 
 @pytest.mark.parametrize(
-    ("study", "jobs"), [("quickstart", 13), ("world", 13), ("best_of_n", 4), ("dmoerm", 11), ("ppo", 9)]
+    ("study", "jobs"), [("quickstart", 13), ("world", 13), ("best_of_n", 4), ("dmoerm", 11), ("ppo", 10)]
 )
 def test_a_study_plans_its_stages(study, jobs, tmp_path):
     done = snakemake("--snakefile", f"studies/{study}.smk", "-n", "--config", f"out={tmp_path}", f"assets={tmp_path}/a")

@@ -246,7 +246,7 @@ def _within(value: float | None, interval: Interval | None, style: str = ".2f") 
 
 def _number(value: float, style: str) -> str:
     """Show a fitted number; so far out that no data speak of it, it is only said to be large."""
-    return "∞" if math.isinf(value) else ">9999" if value > HUGE else format(value, style)
+    return "∞" if math.isinf(value) else f">{HUGE}" if value > HUGE else format(value, style)
 
 
 def _text(outcomes: Sequence[Outcome]) -> str:

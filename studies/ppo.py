@@ -53,7 +53,7 @@ def gold_at(probes: Sequence[Record], kl: float) -> float | None:
 def thirds(probes: Sequence[Record]) -> list[float]:
     """Return mean gold in the first, second and last third of a run; the probe of step 0 is left out."""
     golds = [r["gold_z"] for r in probes[1:]]
-    cuts = [round(len(golds) * i / 3) for i in range(4)]
+    cuts = [round(len(golds) * i / THIRDS) for i in range(THIRDS + 1)]
     return [fmean(golds[a:b]) for a, b in pairwise(cuts)]
 
 

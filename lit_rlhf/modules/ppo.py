@@ -19,7 +19,7 @@ from lit_rlhf.modules.multipliers import Dual, Multipliers
 from lit_rlhf.modules.objective import NegativeKL, Objective
 from lit_rlhf.modules.on_policy import KL
 from lit_rlhf.modules.optimizer import planned_steps
-from lit_rlhf.modules.ppo_experience import judge
+from lit_rlhf.modules.ppo_experience import make_experience
 from lit_rlhf.modules.ppo_learning import learn
 from lit_rlhf.modules.ppo_options import CriticOptions, PPOOptions
 from lit_rlhf.modules.ppo_progress import Progress, method_of
@@ -202,7 +202,7 @@ class PPOModule(ActorCriticModule):
         Returns:
             What to learn from, and means over all processes to log.
         """
-        return judge(self, index, rollout, scores)
+        return make_experience(self, index, rollout, scores)
 
     def update_policy(
         self, experience: Experience, optimizer: Any, demonstrations: SequenceBatch | None = None

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lit_rlhf.modules.ppo import PPOModule
 
 
-def judge(
+def make_experience(
     module: PPOModule, index: Tensor, rollout: Rollout, scores: Mapping[str, Scores]
 ) -> tuple[Experience, dict[str, float]]:
     """Turn scores into advantages of every stream, standardised over all processes.
@@ -29,7 +29,7 @@ def judge(
         module: with policy, critic, multipliers and options.
         index: [B], row numbers in the data set.
         rollout: B responses.
-        scores: by name of the reward.
+        scores: name of the reward to [B], in its scorer's raw units.
 
     Returns:
         What to learn from, and means over all processes to log.
@@ -49,9 +49,7 @@ def judge(
         values=values,
         advantages=standardised_streams(module.ppo, raw, rewards, mask) if module.mixes_standardised else raw,
         targets=targets,
-        constraint_values=torch.stack([x.float() for x in worth], -1)
-        if worth
-        else mask.new_zeros(len(mask), 0).float(),
+        constraint_values=torch.stack(worth, -1) if worth else kl["k1"].new_zeros(len(mask), 0),
     )
     columns = rollout_columns(rollout, kl) | score_columns(scores, units, clipped)
     columns |= {

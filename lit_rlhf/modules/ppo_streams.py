@@ -56,7 +56,7 @@ def standardised_streams(options: PPOOptions, advantages: Tensor, rewards: Tenso
 def score_columns(
     scores: Mapping[str, Scores], units: Mapping[str, Tensor], clipped: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return what is logged of each reward: as scored, in the run's units, clipped, and how its members differ."""
+    """Return what is logged of each reward, [B] a tag: as scored, in units, clipped; and how its members differ."""
     columns: dict[str, Tensor] = {}
     for name, found in scores.items():
         own = {"raw": found.total, "normalised": units[name], "clipped": clipped[name]}
